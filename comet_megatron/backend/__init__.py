@@ -1,0 +1,1 @@
+"""Where the code runs: CUDA, or CPU with gloo."""

@@ -1,0 +1,55 @@
+"""Which device a rank computes on, its collective backend, and the peak memory it has used."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one process computes on.
+
+    Attributes:
+        kind: "cuda" or "cpu".
+        torch_device: where tensors live.
+        collectives: torch.distributed backend: nccl or gloo.
+    """
+
+    kind: str
+    torch_device: torch.device
+    collectives: str
+
+
+def select_device(local_rank: int) -> Device:
+    """CUDA where there is a device, else CPU; prepares Megatron-Core for what was chosen.
+
+    Args:
+        local_rank: rank of this process on its machine.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Device("cuda", torch.device("cuda", local_rank), "nccl")
+    from comet_megatron.backend.cpu import run_megatron_on_cpu
+
+    run_megatron_on_cpu()
+    return Device("cpu", torch.device("cpu"), "gloo")
+
+
+def set_cpu_threads(threads: int | str, *, processes_on_this_machine: int) -> int:
+    """Set torch's threads; "auto" shares the machine's cores among its processes. Returns the number."""
+    if threads == "auto":
+        threads = max(1, len(os.sched_getaffinity(0)) // processes_on_this_machine)
+    torch.set_num_threads(int(threads))
+    return int(threads)
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """Most memory this process has held: allocated on the GPU, resident on a CPU."""
+    if device.kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses, the rules between their fields, YAML with dotted overrides."""

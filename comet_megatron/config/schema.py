@@ -1,0 +1,124 @@
+"""What can be configured: frozen dataclasses, one per YAML section, and what a checkpoint says of its model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Union
+
+REQUIRED = "???"  # OmegaConf's marker for a value the user must give
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str = REQUIRED  # checkpoint folder to start from (tools/convert_from_hf.py writes it)
+    precision: str = "fp32"  # fp32 | bf16 (bf16 keeps fp32 master weights and gradients)
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    tp: int = 1  # tensor-parallel size; data-parallel size = processes / tp
+    sequence_parallel: bool = False  # shard the residual stream over tp along the sequence
+    zero1: bool = True  # shard the optimizer state over the data-parallel ranks
+
+
+@dataclass(frozen=True)
+class DataSection:
+    train: str = REQUIRED  # folder of shards (tools/prepare_data.py writes it)
+    eval: str = ""  # held-out shards; empty: no evaluation
+    seed: int = 1234  # of the order of samples
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float = 5e-5
+    min_lr: float = 0.0  # cosine decay ends here
+    warmup_steps: int = 10
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # never on vectors
+    clip_grad: float = 1.5  # of the gradient's norm over all parameters; 0: off
+    memory_lr_mult: float = 5.0  # learning rate of the memory nets / of the backbone
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    output: str = REQUIRED  # run folder: checkpoints/, tensorboard/, log.txt, config.yaml
+    steps: int = REQUIRED  # type: ignore[assignment]  # optimizer steps in all
+    global_batch_size: int = 8  # sequences a step, over all ranks
+    trainable: str = "all"  # all | memory (memory nets and new embedding rows)
+    bptt_chunks: Union[int, str] = "all"  # chunks that gradients flow through the memory, or all
+    recompute: str = "none"  # none | full (recompute each chunk in its backward)
+    loss_slice_tokens: int = 1024  # rows of logits that exist at once
+    seed: int = 1234  # of everything random but the data order
+    save_every: int = 0  # steps; 0: only at the end
+    eval_every: int = 0  # steps; 0: never
+    eval_sequences: int = 32  # held-out sequences of one evaluation
+    cpu_threads: Union[int, str] = "auto"  # per process, on CPU; auto: cores / processes on this machine
+
+
+@dataclass(frozen=True)
+class LoggingSection:
+    tensorboard: bool = True
+    log_every: int = 1  # steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the backbone, as a checkpoint states them."""
+
+    family: str  # Hugging Face model_type: qwen3
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int  # rows of the embedding, new tokens included; TP may pad it further
+    norm_eps: float
+    rope_theta: float
+    tie_embeddings: bool
+    init_std: float = 0.02
+    max_positions: int = 32768  # of the original model; a chunk and its slots must fit
+
+
+@dataclass(frozen=True)
+class MemorySizes:
+    """Sizes of the two memories and the ids of the tokens that write them, as a checkpoint states them."""
+
+    chunk_size: int  # text tokens a chunk
+    stride: int  # text tokens per beacon; -1: no temporary memory
+    budget: int  # slots of the temporary FIFO
+    memory_token_id: int  # stands for a slot where a position needs an id (placeholder_id)
+    beacon_id: int
+    global_beacon_ids: tuple[int, ...]  # empty: no global memory
+    first_new_id: int  # ids from here on were added for CoMeT: trainable rows of the plug-in
+    adapter_rank: int = 8
+
+    @property
+    def global_slots(self) -> int:
+        return len(self.global_beacon_ids)
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """Build a dataclass from JSON data, ignoring nothing: an unknown or missing key is a TypeError."""
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise TypeError(f"unknown keys {unknown} for {kind.__name__}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Plain JSON data of a dataclass."""
+    return asdict(value)

@@ -1,0 +1,76 @@
+"""Errors that a user can cause: each says what is wrong, where, and the way out."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class CometError(Exception):
+    """A problem that the user can solve: one message, no traceback, exit code 2.
+
+    Args:
+        what: what is wrong, with the value that was found.
+        where: the file, key, line or shard it was found in.
+        way_out: what to type or change.
+    """
+
+    kind = "error"
+
+    def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
+        self.what, self.where, self.way_out = what, where, way_out
+        place = f" ({where})" if where else ""
+        advice = f"\n  {way_out}" if way_out else ""
+        super().__init__(f"{what}{place}{advice}")
+
+
+class ConfigError(CometError):
+    """The configuration, the command line or the layout is wrong. Holds all problems at once."""
+
+    kind = "configuration error"
+
+    @classmethod
+    def collect(cls, problems: Sequence[CometError]) -> ConfigError:
+        """One error out of several problems, each on its own lines."""
+        if len(problems) == 1:
+            only = problems[0]
+            return cls(only.what, where=only.where, way_out=only.way_out)
+        return cls(f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+class DataError(CometError):
+    """A data file, shard, index or tokenizer is missing, damaged or does not fit."""
+
+    kind = "data error"
+
+
+class CheckpointError(CometError):
+    """A checkpoint or Hugging Face folder is missing, damaged or does not fit."""
+
+    kind = "checkpoint error"
+
+
+class TrainingError(CometError):
+    """Training cannot go on, for example because a loss is not finite."""
+
+    kind = "training stopped"
+
+
+def report_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's main: a CometError becomes one message on stderr and the exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except CometError as error:
+            sys.stdout.flush()
+            if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "this_rank_only", False):
+                print(f"{error.kind}: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR_EXIT_CODE
+
+    return wrapped

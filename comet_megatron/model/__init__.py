@@ -1,0 +1,1 @@
+"""CoMeT in Megatron-Core layers: hidden states and memory in, hidden states and memory out."""

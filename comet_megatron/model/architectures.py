@@ -1,0 +1,59 @@
+"""From a checkpoint's architecture to Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from comet_megatron.config.schema import Architecture
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocabulary(vocab_size: int, *, tp: int) -> int:
+    """Rows of the embedding matrix over all tensor-parallel ranks: a multiple of 128 on each."""
+    return -(-vocab_size // (128 * tp)) * 128 * tp
+
+
+def build_transformer_config(
+    architecture: Architecture, *, tp: int, sequence_parallel: bool, precision: str
+) -> TransformerConfig:
+    """Megatron's config of one pipeline stage.
+
+    Weights are always loaded, so nothing is initialised. Gradient accumulation fusion stays off: the K/V prefix uses a
+    slice of linear_qkv's weight, whose gradient Megatron's hook would then drop.
+
+    Args:
+        precision: "fp32" or "bf16".
+    """
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_eps,
+        init_method_std=architecture.init_std,
+        normalization="RMSNorm",
+        qk_layernorm=architecture.family == "qwen3",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        bf16=precision == "bf16",
+        calculate_per_token_loss=True,  # the loss is scaled by the global label count: DDP must sum, not average
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )

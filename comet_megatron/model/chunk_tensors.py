@@ -1,0 +1,126 @@
+"""A chunk's plan as tensors on the device: ids, labels, and where rows are found on a tensor-parallel rank.
+
+Everything is computed on the host from numbers, so that building it never waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from comet_megatron.chunking import IGNORE_LABEL, ChunkPlan
+from comet_megatron.config.schema import MemorySizes
+
+
+@dataclass(frozen=True)
+class SequenceShards:
+    """How the rows of a chunk lie over the tensor-parallel ranks.
+
+    Attributes:
+        size: ranks the rows are split over; 1 without sequence parallelism.
+        rank: this rank.
+        group: process group of the ranks; None where size is 1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: torch.distributed.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Some rows of a chunk.
+
+    Attributes:
+        count: how many.
+        local: int64, the selected rows that this rank holds, counted from its first row.
+        positions: int64, where those stand in the selection; None when this rank holds every row.
+    """
+
+    count: int
+    local: Tensor
+    positions: Tensor | None
+
+
+def select_rows(rows: np.ndarray, *, rows_per_rank: int, shards: SequenceShards, device: torch.device) -> RowSelection:
+    """Find `rows` (int64, counted in the whole chunk) on this rank."""
+    if shards.size == 1:
+        return RowSelection(len(rows), torch.from_numpy(rows).to(device), None)
+    positions = np.flatnonzero(rows // rows_per_rank == shards.rank)
+    local = rows[positions] - shards.rank * rows_per_rank
+    return RowSelection(len(rows), torch.from_numpy(local).to(device), torch.from_numpy(positions).to(device))
+
+
+def take_rows(hidden: Tensor, rows: RowSelection, shards: SequenceShards) -> Tensor:
+    """Selected rows [count, b, h], whole on every tensor-parallel rank.
+
+    Under sequence parallelism: the sum of zero-filled local rows; its backward is the identity, so the gradient of the
+    result must be whole on every rank as well. Communicates on the tensor-parallel axis (one all-reduce) then.
+    """
+    if rows.positions is None:
+        return hidden.index_select(0, rows.local)
+    mine = hidden.new_zeros(rows.count, *hidden.shape[1:])
+    mine = mine.index_copy(0, rows.positions, hidden.index_select(0, rows.local))
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(mine, group=shards.group)
+
+
+@dataclass(frozen=True)
+class ChunkTensors:
+    """One chunk of a microbatch of sequences of equal length.
+
+    Attributes:
+        plan: the layout it was built from.
+        ids: int64 [b, rows], padded at the end to a multiple of the sequence shards. Padding is never attended to.
+        num_rows: rows with the padding.
+        memory_rows: global beacons, then temporary beacons.
+        labelled_rows: text rows with a label in any sequence of the batch.
+        labels: int64 [labelled, b].
+        num_labels: labels that count.
+    """
+
+    plan: ChunkPlan
+    ids: Tensor
+    num_rows: int
+    memory_rows: RowSelection
+    labelled_rows: RowSelection
+    labels: Tensor
+    num_labels: int
+
+
+def build_chunk_tensors(
+    plan: ChunkPlan,
+    token_ids: np.ndarray,
+    labels: np.ndarray,
+    sizes: MemorySizes,
+    *,
+    shards: SequenceShards,
+    device: torch.device,
+) -> ChunkTensors:
+    """Tensors of one chunk.
+
+    Args:
+        token_ids: text ids of the whole sequences, [b, tokens].
+        labels: next-token labels of the whole sequences, [b, tokens], IGNORE_LABEL where there is none.
+    """
+    num_rows = -(-plan.num_rows // shards.size) * shards.size
+    ids = np.full((len(token_ids), num_rows), sizes.beacon_id if sizes.stride > 0 else 0, dtype=np.int64)
+    for row, sequence in zip(ids, token_ids, strict=True):
+        row[: plan.num_rows] = plan.row_ids(sequence, sizes)
+    chunk_labels = labels[:, plan.text_start : plan.text_end].T
+    labelled = np.flatnonzero((chunk_labels != IGNORE_LABEL).any(axis=1))
+    written = np.concatenate([plan.global_rows, plan.beacon_rows]) if plan.writes_memory else np.empty(0, np.int64)
+    kept_labels = np.ascontiguousarray(chunk_labels[labelled])
+    where = {"rows_per_rank": num_rows // shards.size, "shards": shards, "device": device}
+    return ChunkTensors(
+        plan=plan,
+        ids=torch.from_numpy(ids).to(device),
+        num_rows=num_rows,
+        memory_rows=select_rows(written, **where),
+        labelled_rows=select_rows(plan.text_rows[labelled], **where),
+        labels=torch.from_numpy(kept_labels).to(device),
+        num_labels=int((kept_labels != IGNORE_LABEL).sum()),
+    )

@@ -1,0 +1,76 @@
+"""A transformer layer with its two memories: reads slots before attention, writes memory from its output."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from comet_megatron.config.schema import MemorySizes
+from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
+from comet_megatron.model.memory import LayerMemory, WrittenMemory, build_memory_nets
+from comet_megatron.model.rotary import Rotary
+
+
+class CometLayer(TransformerLayer):
+    """Megatron's transformer layer plus the memory nets of this layer (replicated over tensor parallelism)."""
+
+    def __init__(self, *args: object, memory_sizes: MemorySizes, shards: SequenceShards, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory_sizes = memory_sizes
+        self.shards = shards
+        nets = build_memory_nets(
+            memory_sizes, self.config.hidden_size, dtype=self.config.params_dtype, init_std=self.config.init_method_std
+        )
+        for name, net in nets.items():
+            self.add_module(name, net.to(torch.cuda.current_device()))
+
+    def forward(
+        self, hidden: Tensor, *, rotary: Rotary, memory: LayerMemory, chunk: ChunkTensors
+    ) -> tuple[Tensor, WrittenMemory]:
+        """One chunk through the layer.
+
+        Args:
+            hidden: [rows / sequence shards, b, h].
+            rotary: positions of slots and rows.
+            memory: what the layer carries into this chunk.
+
+        Returns:
+            The layer's output, like `hidden`, and what it wrote.
+        """
+        residual = hidden
+        slots = self.read_memory(memory, hidden.dtype)
+        attended = self.self_attention(self.input_layernorm(hidden), slots, rotary)
+        with self.bias_dropout_add_exec_handler():
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            hidden = add(attended, residual, self.hidden_dropout)
+        hidden = self._forward_mlp(hidden)
+        return hidden, self.write_memory(hidden, memory, chunk)
+
+    def read_memory(self, memory: LayerMemory, dtype: torch.dtype) -> Tensor | None:
+        """Normalised slots [m, b, h]: the adapted global state, then the last `budget` temporary slots."""
+        parts = [] if memory.global_state is None else [self.global_memory_net.o_proj(memory.global_state)]
+        surplus = sum(len(e) for e in memory.entries) - self.memory_sizes.budget
+        parts += [e[max(surplus, 0) :] if i == 0 else e for i, e in enumerate(memory.entries)]
+        if not parts:
+            return None
+        slots = torch.cat(parts).to(dtype)
+        if self.config.sequence_parallel:
+            # Megatron sums the norm's gradient over the ranks, so the part that comes through the (replicated) memory
+            # must be partial as well: sum the slots' gradient before the norm, not after it.
+            slots = tensor_parallel.copy_to_tensor_model_parallel_region(slots, group=self.tp_group)
+        return self.input_layernorm(slots)
+
+    def write_memory(self, hidden: Tensor, memory: LayerMemory, chunk: ChunkTensors) -> WrittenMemory:
+        """New memory from the layer's output at the beacons; one collective for both memories."""
+        if not chunk.memory_rows.count:
+            return WrittenMemory()
+        beacons = take_rows(hidden, chunk.memory_rows, self.shards)
+        num_global = chunk.plan.num_global_beacons
+        state = entry = gate = None
+        if num_global:
+            state, gate = self.global_memory_net(beacons[:num_global], memory.global_state)
+        if chunk.memory_rows.count > num_global:
+            entry = self.temp_memory_net(beacons[num_global:])
+        return WrittenMemory(state, entry, None if gate is None else gate.detach().mean())

@@ -1,0 +1,209 @@
+"""One pipeline stage: a range of layers, with or without the embedding before and the head after them.
+
+Parameter names are Megatron's GPTModel's. Works on one chunk at a time; the loop over chunks is the caller's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from comet_megatron.config.schema import Architecture, MemorySizes
+from comet_megatron.model.architectures import padded_vocabulary
+from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
+from comet_megatron.model.memory import LayerMemory, WrittenMemory
+from comet_megatron.model.norm import RMSNorm
+from comet_megatron.model.rotary import RotaryTable
+
+
+class Decoder(MegatronModule):
+    """The stage's layers, and the final norm where the head is."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: ModuleSpec,
+        *,
+        layers: range,
+        has_final_norm: bool,
+        pg_collection: ProcessGroupCollection,
+        **layer_arguments: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_range = layers
+        self.tp_group = pg_collection.tp
+        self.layers = nn.ModuleList(
+            build_module(spec, config=config, layer_number=i + 1, pg_collection=pg_collection, **layer_arguments)
+            for i in layers
+        )
+        self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if has_final_norm else None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys carry the layer's number in the whole model, so that another split over stages loads them."""
+        from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+        from megatron.core.transformer.utils import sharded_state_dict_default
+
+        states: ShardedStateDict = {}
+        for local, (number, layer) in enumerate(zip(self.layer_range, self.layers, strict=True)):
+            own = f"{prefix}layers.{local}."
+            state = layer.sharded_state_dict(own, sharded_offsets, metadata)
+            replace_prefix_for_sharding(state, own, f"{prefix}layers.{number}.")
+            states.update(state)
+        if self.final_layernorm is not None:
+            states.update(
+                sharded_state_dict_default(
+                    self.final_layernorm,
+                    f"{prefix}final_layernorm.",
+                    sharded_offsets,
+                    metadata,
+                    tp_group=self.tp_group,
+                )
+            )
+        return states
+
+
+class CometStage(MegatronModule):
+    """A stage of a CoMeT model.
+
+    Args:
+        config: Megatron's config; its num_layers is the whole model's.
+        spec: of one layer (model/specs.py).
+        layers: 0-based numbers of this stage's layers in the whole model.
+        has_embedding: this is the first stage.
+        has_head: this is the last stage.
+        pg_collection: process groups; only its tensor-parallel group communicates here.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: ModuleSpec,
+        architecture: Architecture,
+        memory_sizes: MemorySizes,
+        *,
+        layers: range,
+        has_embedding: bool,
+        has_head: bool,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.architecture, self.memory_sizes, self.pg_collection = architecture, memory_sizes, pg_collection
+        self.tp_group = pg_collection.tp
+        self.share_embeddings_and_output_weights = architecture.tie_embeddings
+        self.device = torch.device(torch.cuda.current_device())
+        tp = pg_collection.tp.size()
+        self.shards = (
+            SequenceShards(tp, pg_collection.tp.rank(), pg_collection.tp)
+            if config.sequence_parallel
+            else SequenceShards()
+        )
+        self.padded_vocab_size = padded_vocabulary(architecture.vocab_size, tp=tp)
+        # A tied head needs its copy of the embedding also where the embedding itself is on another stage.
+        self.embedding = None
+        if has_embedding or (has_head and architecture.tie_embeddings):
+            self.embedding = LanguageModelEmbedding(
+                config, self.padded_vocab_size, 0, position_embedding_type="none", tp_group=pg_collection.tp
+            )
+        self.decoder = Decoder(
+            config,
+            spec,
+            layers=layers,
+            has_final_norm=has_head,
+            pg_collection=pg_collection,
+            memory_sizes=memory_sizes,
+            shards=self.shards,
+        )
+        self.output_layer = self._build_head() if has_head else None
+        self.rotary = RotaryTable(
+            theta=architecture.rope_theta,
+            head_dim=architecture.head_dim,
+            dtype=config.params_dtype,
+            device=self.device,
+        )
+
+    def _build_head(self) -> tensor_parallel.ColumnParallelLinear:
+        config = copy.copy(self.config)
+        config.sequence_parallel = False  # the head is fed whole rows picked by take_rows
+        return tensor_parallel.ColumnParallelLinear(
+            config.hidden_size,
+            self.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.share_embeddings_and_output_weights,
+            tp_group=self.tp_group,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    def empty_memory(self) -> list[LayerMemory]:
+        """Memory before the first chunk, one per layer of this stage."""
+        return [LayerMemory()] * self.num_layers
+
+    def forward(
+        self, chunk: ChunkTensors, memory: Sequence[LayerMemory], hidden: Tensor | None = None
+    ) -> tuple[Tensor, list[WrittenMemory]]:
+        """One chunk through the stage's layers.
+
+        Args:
+            memory: what each layer carries into the chunk.
+            hidden: [rows / sequence shards, b, h] from the stage before; None where the embedding is.
+
+        Returns:
+            Hidden states, like `hidden` (before the final norm), and what each layer wrote.
+        """
+        if hidden is None:
+            hidden = self.embedding(chunk.ids, None)
+        rotary = self.rotary.first(chunk.plan.num_slots + chunk.num_rows)
+        written = []
+        for layer, carried in zip(self.decoder.layers, memory, strict=True):
+            hidden, new = layer(hidden, rotary=rotary, memory=carried, chunk=chunk)
+            written.append(new)
+        return hidden, written
+
+    def labelled_hidden(self, hidden: Tensor, chunk: ChunkTensors) -> Tensor:
+        """Final norm of the rows that have a label: [labelled, b, h], whole on every tensor-parallel rank."""
+        if self.shards.size == 1:
+            return self.decoder.final_layernorm(take_rows(hidden, chunk.labelled_rows, self.shards))
+        return take_rows(self.decoder.final_layernorm(hidden), chunk.labelled_rows, self.shards)
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the head: [padded vocabulary / tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.embedding.word_embeddings.weight
+        return self.output_layer.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, b, h] -> this rank's logits [rows, b, padded vocabulary / tp]; padded entries are -inf."""
+        logits, _ = self.output_layer(hidden, weight=self.head_weight())
+        first_padded = self.architecture.vocab_size - self.tp_group.rank() * logits.shape[-1]
+        if first_padded < logits.shape[-1]:
+            with torch.no_grad():  # the gradient of these entries is zero by itself
+                logits[..., max(first_padded, 0) :] = -torch.inf
+        return logits
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's sharded state; nothing of a stage but its weights."""
+        states = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
+        if self.embedding is not None:
+            states.update(self.embedding.sharded_state_dict(f"{prefix}embedding.", sharded_offsets, metadata))
+        if self.output_layer is not None and not self.share_embeddings_and_output_weights:
+            states.update(self.output_layer.sharded_state_dict(f"{prefix}output_layer.", sharded_offsets, metadata))
+        return states

@@ -1,0 +1,1 @@
+"""Who computes what: ranks, process groups, and (with the pipeline) the schedule."""

@@ -1,0 +1,87 @@
+"""The parallel layout of a run: sizes, this process's ranks, and Megatron's process groups, passed and never global."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from comet_megatron.backend.device import Device
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """This process as torchrun describes it (its environment variables), or the only one."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> ProcessRank:
+        def number(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        world_size = number("WORLD_SIZE", 1)
+        return cls(number("RANK", 0), world_size, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", world_size))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes and ranks of each parallel axis.
+
+    Attributes:
+        groups: Megatron's process groups.
+    """
+
+    tp: int
+    dp: int
+    rank: int
+    world_size: int
+    dp_rank: int
+    device: Device
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """The process that talks to the user."""
+        return self.rank == 0
+
+
+def build_layout(process: ProcessRank, device: Device, *, tp: int, seed: int, timeout_s: float = 600) -> Layout:
+    """Start torch.distributed and Megatron's process groups. Communicates on the world.
+
+    Args:
+        tp: tensor-parallel size; data parallelism takes the rest.
+        seed: of Megatron's random states.
+    """
+    if not dist.is_initialized():
+        if process.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            store = dist.HashStore()  # alone: no port is needed
+            dist.init_process_group(device.collectives, store=store, rank=0, world_size=1)
+        else:
+            dist.init_process_group(device.collectives, timeout=timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Layout(
+        tp=tp,
+        dp=groups.dp.size(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=groups.dp.rank(),
+        device=device,
+        groups=groups,
+    )
+
+
+def close_layout() -> None:
+    """Take down Megatron's groups, so that another layout can be built on the same processes."""
+    parallel_state.destroy_model_parallel()

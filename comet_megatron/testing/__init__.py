@@ -1,0 +1,1 @@
+"""Helpers of the tests: tiny models and data, functions run on several gloo processes."""
