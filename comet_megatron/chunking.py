@@ -5,8 +5,8 @@ Pure: numbers in, plans out, no torch. Semantics (arXiv 2602.01766; measured on 
     chunk 0:    [text, a beacon after every `stride` text tokens][global beacons]
     chunk i>0:  [global slots][temporary slots][text with beacons][global beacons]
 
-Slots are a K/V prefix and have no rows. A partial last group of text tokens ends in a beacon too. In the last chunk of a
-sequence, beacons that no text row sees are dead and left out.
+Slots are a K/V prefix and have no rows. A partial last group of text tokens ends in a beacon too. In the last chunk of
+a sequence, beacons that no text row sees are dead and left out.
 """
 
 from __future__ import annotations

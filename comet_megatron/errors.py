@@ -54,6 +54,12 @@ class CheckpointError(CometError):
     kind = "checkpoint error"
 
 
+class OutputError(CometError):
+    """An output folder is not empty or cannot be written."""
+
+    kind = "output error"
+
+
 class TrainingError(CometError):
     """Training cannot go on, for example because a loss is not finite."""
 

@@ -88,7 +88,7 @@ class Vocabulary(Rule):
     vocab_size: int = 0
 
     def partition(self, whole: Tensor, *, rank: int, size: int) -> Tensor:
-        """`whole` may have its padding already, or not: it is padded with zeros to what each rank's 128-row part needs."""
+        """Missing padding rows are zeros."""
         from comet_megatron.model.architectures import padded_vocabulary
 
         missing = padded_vocabulary(self.vocab_size, tp=size) - len(whole)

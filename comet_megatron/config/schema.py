@@ -110,6 +110,11 @@ class MemorySizes:
     def global_slots(self) -> int:
         return len(self.global_beacon_ids)
 
+    @property
+    def new_ids(self) -> range:
+        """Ids added for CoMeT: the memory token, the global beacons, the beacon."""
+        return range(self.first_new_id, self.first_new_id + 2 + self.global_slots)
+
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
     """Build a dataclass from JSON data, ignoring nothing: an unknown or missing key is a TypeError."""

@@ -46,11 +46,16 @@ class RowSelection:
     positions: Tensor | None
 
 
+def _rows_of_rank(rows: np.ndarray, rows_per_rank: int, shards: SequenceShards) -> np.ndarray:
+    """Which of the rows this rank holds, as positions in `rows`."""
+    return np.flatnonzero(rows // rows_per_rank == shards.rank)
+
+
 def select_rows(rows: np.ndarray, *, rows_per_rank: int, shards: SequenceShards, device: torch.device) -> RowSelection:
     """Find `rows` (int64, counted in the whole chunk) on this rank."""
     if shards.size == 1:
         return RowSelection(len(rows), torch.from_numpy(rows).to(device), None)
-    positions = np.flatnonzero(rows // rows_per_rank == shards.rank)
+    positions = _rows_of_rank(rows, rows_per_rank, shards)
     local = rows[positions] - shards.rank * rows_per_rank
     return RowSelection(len(rows), torch.from_numpy(local).to(device), torch.from_numpy(positions).to(device))
 
@@ -76,7 +81,9 @@ class ChunkTensors:
         plan: the layout it was built from.
         ids: int64 [b, rows], padded at the end to a multiple of the sequence shards. Padding is never attended to.
         num_rows: rows with the padding.
-        memory_rows: global beacons, then temporary beacons.
+        beacon_rows: global beacons, then the others; they write memory where plan.writes_memory.
+        beacon_numbers: int64, of the beacons that this rank holds, in the order of beacon_rows.local: the number of
+            their id among the ids that were added for CoMeT.
         labelled_rows: text rows with a label in any sequence of the batch.
         labels: int64 [labelled, b].
         num_labels: labels that count.
@@ -85,7 +92,8 @@ class ChunkTensors:
     plan: ChunkPlan
     ids: Tensor
     num_rows: int
-    memory_rows: RowSelection
+    beacon_rows: RowSelection
+    beacon_numbers: Tensor
     labelled_rows: RowSelection
     labels: Tensor
     num_labels: int
@@ -112,14 +120,19 @@ def build_chunk_tensors(
         row[: plan.num_rows] = plan.row_ids(sequence, sizes)
     chunk_labels = labels[:, plan.text_start : plan.text_end].T
     labelled = np.flatnonzero((chunk_labels != IGNORE_LABEL).any(axis=1))
-    written = np.concatenate([plan.global_rows, plan.beacon_rows]) if plan.writes_memory else np.empty(0, np.int64)
     kept_labels = np.ascontiguousarray(chunk_labels[labelled])
     where = {"rows_per_rank": num_rows // shards.size, "shards": shards, "device": device}
+    beacons = np.concatenate([plan.global_rows, plan.beacon_rows])
+    beacon_ids = np.array([*sizes.global_beacon_ids[: plan.num_global_beacons], *[sizes.beacon_id] * plan.num_beacons])
+    beacon_rows = select_rows(beacons, **where)
+    if shards.size > 1:
+        beacon_ids = beacon_ids[_rows_of_rank(beacons, where["rows_per_rank"], shards)]
     return ChunkTensors(
         plan=plan,
         ids=torch.from_numpy(ids).to(device),
         num_rows=num_rows,
-        memory_rows=select_rows(written, **where),
+        beacon_rows=beacon_rows,
+        beacon_numbers=torch.from_numpy(beacon_ids.astype(np.int64) - sizes.first_new_id).to(device),
         labelled_rows=select_rows(plan.text_rows[labelled], **where),
         labels=torch.from_numpy(kept_labels).to(device),
         num_labels=int((kept_labels != IGNORE_LABEL).sum()),

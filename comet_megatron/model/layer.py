@@ -64,13 +64,13 @@ class CometLayer(TransformerLayer):
 
     def write_memory(self, hidden: Tensor, memory: LayerMemory, chunk: ChunkTensors) -> WrittenMemory:
         """New memory from the layer's output at the beacons; one collective for both memories."""
-        if not chunk.memory_rows.count:
+        if not chunk.plan.writes_memory or not chunk.beacon_rows.count:
             return WrittenMemory()
-        beacons = take_rows(hidden, chunk.memory_rows, self.shards)
+        beacons = take_rows(hidden, chunk.beacon_rows, self.shards)
         num_global = chunk.plan.num_global_beacons
         state = entry = gate = None
         if num_global:
             state, gate = self.global_memory_net(beacons[:num_global], memory.global_state)
-        if chunk.memory_rows.count > num_global:
+        if chunk.plan.num_beacons:
             entry = self.temp_memory_net(beacons[num_global:])
         return WrittenMemory(state, entry, None if gate is None else gate.detach().mean())

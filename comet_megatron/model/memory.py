@@ -92,7 +92,7 @@ class GlobalMemoryNet(nn.Module):
         self.o_proj = ResidualAdapter(sizes, hidden_size, dtype=dtype)
 
     def forward(self, beacons: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Global beacons' outputs [G, b, h] and the old state -> new state, gate [G, b, 1] (None in the first chunk)."""
+        """Beacons' outputs [G, b, h] and the old state -> new state, gate [G, b, 1] (None in the first chunk)."""
         candidate = self.norm(beacons)
         if state is None:
             return candidate, None

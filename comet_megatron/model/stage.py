@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor, nn
 
 from comet_megatron.config.schema import Architecture, MemorySizes
@@ -52,8 +54,6 @@ class Decoder(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Keys carry the layer's number in the whole model, so that another split over stages loads them."""
-        from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-        from megatron.core.transformer.utils import sharded_state_dict_default
 
         states: ShardedStateDict = {}
         for local, (number, layer) in enumerate(zip(self.layer_range, self.layers, strict=True)):
@@ -86,6 +86,8 @@ class CometStage(MegatronModule):
         pg_collection: process groups; only its tensor-parallel group communicates here.
     """
 
+    NEW_ROWS = "new_rows"
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -116,6 +118,7 @@ class CometStage(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config, self.padded_vocab_size, 0, position_embedding_type="none", tp_group=pg_collection.tp
             )
+        self.new_rows: nn.Parameter | None = None  # see freeze_backbone
         self.decoder = Decoder(
             config,
             spec,
@@ -151,6 +154,53 @@ class CometStage(MegatronModule):
     def num_layers(self) -> int:
         return len(self.decoder.layers)
 
+    def freeze_backbone(self) -> None:
+        """Leave only the memory nets and the embedding rows of the ids added for CoMeT trainable.
+
+        Those rows become a parameter of their own, `new_rows`, so that the embedding itself is frozen and has no
+        gradient and no optimizer state. Its rows follow by `write_new_rows` after each optimizer step. A tied head
+        reads them there and gives them no gradient: beacons are never predicted.
+        """
+        for name, param in self.named_parameters():
+            param.requires_grad = "_memory_net." in name
+        if self.embedding is not None:
+            rows = torch.empty(len(self.memory_sizes.new_ids), self.config.hidden_size, dtype=self.config.params_dtype)
+            self.new_rows = nn.Parameter(rows.to(self.device))
+            self.new_rows.sequence_parallel = self.config.sequence_parallel  # then each rank has a part of its gradient
+            self.read_new_rows()
+
+    def _own_new_rows(self) -> tuple[Tensor, slice]:
+        """Those of the new rows that this rank's part of the embedding holds: in the embedding, in `new_rows`."""
+        weight, new_ids = self.embedding.word_embeddings.weight, self.memory_sizes.new_ids
+        first = self.tp_group.rank() * len(weight)
+        begin, end = (min(max(i - first, 0), len(weight)) for i in (new_ids.start, new_ids.stop))
+        start = begin + first - new_ids.start if end > begin else 0
+        return weight[begin:end], slice(start, start + end - begin)
+
+    @torch.no_grad()
+    def read_new_rows(self) -> None:
+        """Copy the embedding's rows into `new_rows`. Communicates on the tensor-parallel axis."""
+        if self.new_rows is not None:
+            in_embedding, own = self._own_new_rows()
+            self.new_rows.zero_()
+            self.new_rows[own] = in_embedding
+            torch.distributed.all_reduce(self.new_rows, group=self.tp_group)
+
+    @torch.no_grad()
+    def write_new_rows(self) -> None:
+        """Copy `new_rows` into the embedding; nothing where the backbone is trainable."""
+        if self.new_rows is not None:
+            in_embedding, own = self._own_new_rows()
+            in_embedding.copy_(self.new_rows[own])
+
+    def embed(self, chunk: ChunkTensors) -> Tensor:
+        """Embedding of a chunk's rows: [rows / sequence shards, b, h]."""
+        hidden = self.embedding(chunk.ids, None)
+        if self.new_rows is None:
+            return hidden
+        beacons = self.new_rows[chunk.beacon_numbers][:, None].expand(-1, hidden.shape[1], -1)
+        return hidden.index_copy(0, chunk.beacon_rows.local, beacons)
+
     def empty_memory(self) -> list[LayerMemory]:
         """Memory before the first chunk, one per layer of this stage."""
         return [LayerMemory()] * self.num_layers
@@ -168,7 +218,7 @@ class CometStage(MegatronModule):
             Hidden states, like `hidden` (before the final norm), and what each layer wrote.
         """
         if hidden is None:
-            hidden = self.embedding(chunk.ids, None)
+            hidden = self.embed(chunk)
         rotary = self.rotary.first(chunk.plan.num_slots + chunk.num_rows)
         written = []
         for layer, carried in zip(self.decoder.layers, memory, strict=True):
@@ -200,10 +250,19 @@ class CometStage(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron's sharded state; nothing of a stage but its weights."""
+        """Megatron's sharded state of the stage's weights."""
         states = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
         if self.embedding is not None:
             states.update(self.embedding.sharded_state_dict(f"{prefix}embedding.", sharded_offsets, metadata))
         if self.output_layer is not None and not self.share_embeddings_and_output_weights:
             states.update(self.output_layer.sharded_state_dict(f"{prefix}output_layer.", sharded_offsets, metadata))
+        if self.new_rows is not None:
+            new_rows = make_sharded_tensors_for_checkpoint(
+                {self.NEW_ROWS: self.new_rows},
+                prefix,
+                sharded_offsets=sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=self.pg_collection.dp_cp,
+            )
+            states.update(new_rows)
         return states

@@ -12,24 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from comet_megatron.backend.device import Device
-
-
-@dataclass(frozen=True)
-class ProcessRank:
-    """This process as torchrun describes it (its environment variables), or the only one."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> ProcessRank:
-        def number(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
-
-        world_size = number("WORLD_SIZE", 1)
-        return cls(number("RANK", 0), world_size, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", world_size))
+from comet_megatron.parallel.process import ProcessRank
 
 
 @dataclass(frozen=True)

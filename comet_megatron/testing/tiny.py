@@ -9,35 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comet_megatron.checkpoint.hf_rules import Rule, plan_rules, to_hf, to_megatron
-from comet_megatron.config.schema import Architecture, MemorySizes
-from comet_megatron.model.architectures import build_transformer_config
-from comet_megatron.model.specs import local_layer_spec
 from comet_megatron.model.stage import CometStage
-from comet_megatron.parallel.layout import Layout
-
-
-def build_stage(
-    architecture: Architecture,
-    memory: MemorySizes,
-    layout: Layout,
-    *,
-    sequence_parallel: bool = False,
-    precision: str = "fp32",
-) -> CometStage:
-    """A stage of all layers on this rank, its weights not yet set."""
-    config = build_transformer_config(
-        architecture, tp=layout.tp, sequence_parallel=sequence_parallel, precision=precision
-    )
-    return CometStage(
-        config,
-        local_layer_spec(qk_norm=config.qk_layernorm),
-        architecture,
-        memory,
-        layers=range(architecture.num_layers),
-        has_embedding=True,
-        has_head=True,
-        pg_collection=layout.groups,
-    )
 
 
 @torch.no_grad()

@@ -44,7 +44,8 @@ class SequenceResult:
         losses: fp32 [chunks], summed cross entropy of each chunk.
         labels: labels of each chunk.
         gate_mean: fp32 [layers], over chunks and slots; empty where no gate was used.
-        state_norm: fp32 [layers], of a global slot's state after the sequence (mean over slots); empty without global memory.
+        state_norm: fp32 [layers], of a global slot's state after the sequence, mean over slots; empty where there
+            is no global memory.
     """
 
     losses: Tensor

@@ -1,0 +1,152 @@
+"""What a checkpoint folder says of its model, beside the weights: sizes, the original Hugging Face config, progress.
+
+FOLDER/
+  model.json      architecture, memory sizes, the Hugging Face config it came from
+  progress.json   of a training run: steps done, text tokens seen
+  tokenizer/      loads with AutoTokenizer
+  weights/        Megatron's sharded checkpoint: weights, and the optimizer's state after training
+  complete        written last: without it the folder is not a checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from comet_megatron import __version__
+from comet_megatron.config.schema import Architecture, MemorySizes, from_dict, to_dict
+from comet_megatron.errors import CheckpointError
+
+FORMAT_VERSION = 1
+COMPLETE = "complete"
+WEIGHTS = "weights"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """The model of a checkpoint.
+
+    Attributes:
+        hf_config: config.json of the Hugging Face model that the backbone came from.
+    """
+
+    architecture: Architecture
+    memory: MemorySizes
+    hf_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training run is.
+
+    Attributes:
+        step: optimizer steps done; with the data seed it says which samples come next.
+        text_tokens: seen in training.
+        trainable: what was trained (train.trainable); another choice has another optimizer state.
+    """
+
+    step: int
+    text_tokens: int
+    trainable: str
+
+
+def write_description(folder: Path, description: ModelDescription) -> None:
+    """Write model.json."""
+    content = {"format_version": FORMAT_VERSION, "comet_megatron": __version__, **to_dict(description)}
+    (folder / "model.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Write progress.json."""
+    content = {"format_version": FORMAT_VERSION, **to_dict(progress)}
+    (folder / "progress.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_is_complete(folder: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the folder is missing, empty, not a checkpoint, or was not written to the end.
+    """
+    convert = "make one with tools/convert_from_hf.py --hf MODEL --output DIR"
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}", way_out=convert)
+    if not any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is empty, not a checkpoint", way_out=convert)
+    if (folder / "config.json").exists() and not (folder / "model.json").exists():
+        raise CheckpointError(
+            f"{folder} is a Hugging Face folder, not a checkpoint of this project",
+            way_out=f"convert it: python tools/convert_from_hf.py --hf {folder} --output DIR",
+        )
+    if not (folder / "model.json").exists():
+        raise CheckpointError(f"{folder} holds no checkpoint: model.json is missing", way_out=convert)
+    if not (folder / COMPLETE).exists():
+        raise CheckpointError(
+            f"checkpoint {folder} was not written to the end", way_out="use the one saved before it, or convert again"
+        )
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """Read model.json of a complete checkpoint.
+
+    Raises:
+        CheckpointError: see `check_is_complete`; or model.json is damaged or of another version.
+    """
+    check_is_complete(folder)
+    content = _read_json(folder / "model.json")
+    try:
+        return ModelDescription(
+            architecture=from_dict(Architecture, content["architecture"]),
+            memory=from_dict(MemorySizes, content["memory"]),
+            hf_config=content["hf_config"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the model description is damaged: {error}", where=str(folder / "model.json"), way_out="convert again"
+        ) from error
+
+
+def read_progress(folder: Path) -> Progress:
+    """Read progress.json of a training run's checkpoint."""
+    path = folder / "progress.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} is a starting checkpoint, not one of a training run", way_out="omit --resume")
+    content = _read_json(path)
+    content.pop("format_version")
+    try:
+        return from_dict(Progress, content)
+    except TypeError as error:
+        raise CheckpointError(f"the progress is damaged: {error}", where=str(path)) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read it: {error!r}", where=str(path), way_out="use another checkpoint"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format version {version}, but this program reads version {FORMAT_VERSION}",
+            where=str(path),
+            way_out="use the version of comet_megatron that wrote it",
+        )
+    return content
+
+
+def differences(found: ModelDescription, expected: ModelDescription) -> list[str]:
+    """Sizes in which two models differ, each as `hidden_size 64, not 128`."""
+    pairs = []
+    for part in ("architecture", "memory"):
+        ours, theirs = to_dict(getattr(found, part)), to_dict(getattr(expected, part))
+        pairs += [f"{part}.{key} {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    return pairs
+
+
+def with_vocabulary(architecture: Architecture, vocab_size: int) -> Architecture:
+    """The same backbone with another number of token ids."""
+    return replace(architecture, vocab_size=vocab_size)

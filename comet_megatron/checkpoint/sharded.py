@@ -1,0 +1,123 @@
+"""Save and load a stage and its optimizer as Megatron's sharded checkpoint, in the fully reshardable form.
+
+What is saved on one layout loads on another. A checkpoint is written under a temporary name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from comet_megatron.checkpoint.model_folder import (
+    COMPLETE,
+    TOKENIZER,
+    WEIGHTS,
+    ModelDescription,
+    Progress,
+    write_description,
+    write_progress,
+)
+from comet_megatron.errors import CheckpointError
+from comet_megatron.model.stage import CometStage
+from comet_megatron.parallel.layout import Layout
+
+
+def save_checkpoint(
+    folder: Path,
+    stage: CometStage,
+    layout: Layout,
+    *,
+    description: ModelDescription,
+    tokenizer: Path,
+    optimizer: MegatronOptimizer | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint. Every rank calls it; communicates on the world.
+
+    Args:
+        folder: must not exist; its parent is made where it is missing.
+        tokenizer: folder that is copied into the checkpoint.
+        optimizer, progress: of a training run.
+    """
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    if layout.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / WEIGHTS).mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(stage, optimizer, layout, is_loading=False)
+    dist_checkpointing.save(state, str(temporary / WEIGHTS))
+    if layout.is_main:
+        write_description(temporary, description)
+        if progress is not None:
+            write_progress(temporary, progress)
+        shutil.copytree(tokenizer, temporary / TOKENIZER)
+        (temporary / COMPLETE).touch()
+        os.replace(temporary, folder)
+    dist.barrier()
+
+
+def load_weights(folder: Path, stage: CometStage, layout: Layout) -> None:
+    """Load a checkpoint's weights into the stage. Every rank calls it.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights have other sizes.
+    """
+    wanted = _sharded_state(stage, None, layout, is_loading=True)
+    wanted["model"].pop(CometStage.NEW_ROWS, None)  # a starting checkpoint has them in its embedding
+    loaded = _load(wanted, folder)
+    stage.load_state_dict(loaded["model"], strict=False)
+    stage.read_new_rows()
+
+
+def load_training_state(folder: Path, stage: CometStage, optimizer: MegatronOptimizer, layout: Layout) -> None:
+    """Load weights and the optimizer's state, to go on exactly where the run was. Every rank calls it.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights have other sizes.
+    """
+    loaded = _load(_sharded_state(stage, optimizer, layout, is_loading=True), folder)
+    stage.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _sharded_state(
+    stage: CometStage, optimizer: MegatronOptimizer | None, layout: Layout, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": layout.groups.dp_cp}
+    state: dict[str, Any] = {"model": stage.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder / WEIGHTS))
+    except (CheckpointingException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights cannot be loaded: {reason}",
+            where=str(folder / WEIGHTS),
+            way_out="the checkpoint is damaged or of other sizes: use another one, or convert again",
+        ) from error
+
+
+def stored_precision(folder: Path) -> str:
+    """ "fp32" or "bf16": how a checkpoint stores its weights."""
+    try:
+        metadata = dist_checkpointing.load_tensors_metadata(str(folder / WEIGHTS))
+        return "bf16" if metadata["decoder.final_layernorm.weight"].dtype == torch.bfloat16 else "fp32"
+    except (CheckpointingException, OSError, EOFError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"the weights cannot be read: {error!r}", where=str(folder / WEIGHTS), way_out="use another checkpoint"
+        ) from error

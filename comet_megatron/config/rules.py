@@ -1,0 +1,282 @@
+"""What a configuration must obey: ranges and combinations, on the config alone, and with a model and processes.
+
+Every check_ function is pure and returns all problems it finds; require() raises them as one ConfigError.
+`where` is LoadedConfig.where: it says which line of the YAML file a value comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from comet_megatron.config.schema import REQUIRED, Architecture, Config, MemorySizes, to_dict
+from comet_megatron.errors import ConfigError
+
+MAX_SEED = 2**32 - 1  # the largest that NumPy takes
+
+_CHOICES = {
+    "model.precision": ("fp32", "bf16"),
+    "train.trainable": ("all", "memory"),
+    "train.recompute": ("none", "full"),
+}
+# Smallest whole number allowed.
+_AT_LEAST = {
+    "parallel.tp": 1,
+    "optimizer.warmup_steps": 0,
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.loss_slice_tokens": 1,
+    "train.save_every": 0,
+    "train.eval_every": 0,
+    "train.eval_sequences": 1,
+    "logging.log_every": 1,
+}
+_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
+_ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad")
+_COUNT_OR_WORD = {"train.bptt_chunks": "all", "train.cpu_threads": "auto"}
+_NOT_EMPTY = ("model.path", "data.train", "train.output")
+_SHOWN_AT_MOST = 10  # values in a list of what would work
+
+Where = Mapping[str, str]
+
+
+def require(problems: Iterable[ConfigError]) -> None:
+    """Raise all `problems` as one ConfigError, each once; do nothing if there are none."""
+    unique = {str(problem): problem for problem in problems}
+    if unique:
+        raise ConfigError.collect(list(unique.values()))
+
+
+def check_config(config: Config, *, where: Where | None = None) -> list[ConfigError]:
+    """Problems of the configuration alone: each value's range, and values that do not go together."""
+    where = where or {}
+    values = {f"{section}.{k}": v for section, inner in to_dict(config).items() for k, v in inner.items()}
+    if missing := [key for key, value in values.items() if value == REQUIRED]:
+        return [_problem(f"{key} has no value; give one", where, key) for key in missing]
+    return _check_ranges(values, where) + _check_combinations(config, where)
+
+
+def _check_ranges(values: Mapping[str, Any], where: Where) -> list[ConfigError]:
+    problems = []
+
+    def refuse(key: str, must: str) -> None:
+        problems.append(_problem(f"{key}={values[key]!r} must be {must}", where, key))
+
+    for key in _NOT_EMPTY:
+        if not values[key].strip():
+            refuse(key, "the path of a folder")
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            refuse(key, " or ".join(choices))
+    for key, least in _AT_LEAST.items():
+        if values[key] < least:
+            refuse(key, f"{least} or more")
+    for key in _ABOVE_ZERO:
+        if not 0 < values[key] < math.inf:  # also refuses nan
+            refuse(key, "a number above 0")
+    for key in _ZERO_OR_MORE:
+        if not 0 <= values[key] < math.inf:
+            refuse(key, "0 or a number above")
+    for key, word in _COUNT_OR_WORD.items():
+        if values[key] != word and (isinstance(values[key], str) or values[key] < 1):
+            refuse(key, f"{word}, or 1 or more")
+    if not all(0 <= beta < 1 for beta in values["optimizer.betas"]):
+        refuse("optimizer.betas", "two numbers from 0 up to, but not, 1")
+    for key in ("data.seed", "train.seed"):
+        if not 0 <= values[key] <= MAX_SEED:
+            refuse(key, f"from 0 to {MAX_SEED}")
+    return problems
+
+
+def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
+    problems = []
+    optimizer, train = config.optimizer, config.train
+    if 0 < optimizer.lr < optimizer.min_lr:
+        what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
+        problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
+    if 1 <= train.steps < optimizer.warmup_steps:
+        what = (
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than train.steps={train.steps}; "
+            f"use {train.steps} or fewer"
+        )
+        problems.append(_problem(what, where, "optimizer.warmup_steps", "train.steps"))
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        what = "parallel.sequence_parallel=true shards over tensor-parallel ranks, and parallel.tp=1 is one; "
+        what += "use parallel.tp=2 or more, or sequence_parallel=false"
+        problems.append(_problem(what, where, "parallel.sequence_parallel", "parallel.tp"))
+    if train.eval_every > 0 and not config.data.eval.strip():
+        what = f"train.eval_every={train.eval_every} needs held-out shards; set data.eval, or train.eval_every=0"
+        problems.append(_problem(what, where, "train.eval_every", "data.eval"))
+    return problems
+
+
+def check_layout(
+    config: Config,
+    architecture: Architecture,
+    memory: MemorySizes,
+    *,
+    world_size: int,
+    where: Where | None = None,
+) -> list[ConfigError]:
+    """Problems of this configuration with this checkpoint on `world_size` processes; check_config is not repeated.
+
+    The checkpoint's own sizes are checked too. The vocabulary has no rule: it is padded until tp divides it.
+    """
+    where = where or {}
+    problems = check_architecture(architecture, where=config.model.path)
+    problems += check_memory_sizes(memory, architecture, where=config.model.path)
+    if config.train.trainable == "memory" and memory.global_slots == 0 and memory.stride == -1:
+        what = "train.trainable=memory, but the model has no memory; use train.trainable=all"
+        problems.append(_problem(what, where, "train.trainable"))
+    tp = config.parallel.tp
+    if tp < 1 or world_size < 1:
+        return problems  # check_config says it of tp; nothing can be divided
+    return problems + _check_tp(tp, architecture, world_size, where) + _check_batch(config, world_size, where)
+
+
+def _check_tp(tp: int, architecture: Architecture, world_size: int, where: Where) -> list[ConfigError]:
+    """tp divides what it shards, and the processes."""
+    shared = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    sizes = {name: getattr(architecture, name) for name in shared}
+    if min(sizes.values()) < 1:
+        return []  # check_architecture says it
+    problems = []
+    fitting = _divisors(math.gcd(*sizes.values()))
+    if wrong := [f"{name}={size}" for name, size in sizes.items() if size % tp]:
+        what = f"parallel.tp={tp} does not divide the model's {_listed(wrong, 'and')}; use {_some(fitting, near=tp)}"
+        problems.append(_problem(what, where, "parallel.tp"))
+    fitting_here = _some([n for n in fitting if world_size % n == 0], near=tp)
+    if world_size < tp:
+        what = f"parallel.tp={tp} needs at least {tp} processes, and there {_are(world_size)}; "
+        problems.append(_problem(what + f"start {tp}, or use parallel.tp={fitting_here}", where, "parallel.tp"))
+    elif world_size % tp:
+        below, above = world_size // tp * tp, (world_size // tp + 1) * tp
+        what = f"parallel.tp={tp} does not divide the {world_size} processes; use parallel.tp={fitting_here}, "
+        what += f"or start {below} or {above} processes"
+        problems.append(_problem(what, where, "parallel.tp"))
+    return problems
+
+
+def _check_batch(config: Config, world_size: int, where: Where) -> list[ConfigError]:
+    """Every data-parallel rank gets the same number of sequences."""
+    tp, batch = config.parallel.tp, config.train.global_batch_size
+    dp = world_size // tp
+    if dp == 0 or world_size % tp or batch < 1 or batch % dp == 0:
+        return []
+    fitting = [n for n in (batch // dp * dp, (batch // dp + 1) * dp) if n]
+    what = (
+        f"train.global_batch_size={batch} cannot be shared evenly by {dp} data-parallel ranks "
+        f"({world_size} processes / parallel.tp={tp}); use {_listed(fitting)}"
+    )
+    return [_problem(what, where, "train.global_batch_size", "parallel.tp")]
+
+
+def check_architecture(architecture: Architecture, *, where: str = "") -> list[ConfigError]:
+    """Problems of a backbone's sizes; `where` names the checkpoint they come from."""
+    problems = []
+    counts = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
+    for name in (*counts, "vocab_size", "max_positions"):
+        if getattr(architecture, name) < 1:
+            problems.append(ConfigError(f"{name}={getattr(architecture, name)} must be 1 or more", where=where))
+    for name in ("norm_eps", "rope_theta", "init_std"):
+        if not 0 < getattr(architecture, name) < math.inf:
+            problems.append(ConfigError(f"{name}={getattr(architecture, name)} must be above 0", where=where))
+    head_dim, heads, groups = architecture.head_dim, architecture.num_attention_heads, architecture.num_query_groups
+    if head_dim > 0 and head_dim % 2:
+        fitting = [n for n in (head_dim - 1, head_dim + 1) if n]
+        what = f"head_dim={head_dim} must be even, for rotary positions turn pairs; use {_listed(fitting)}"
+        problems.append(ConfigError(what, where=where))
+    if heads > 0 and groups > 0 and heads % groups:
+        what = f"num_query_groups={groups} does not divide num_attention_heads={heads}; "
+        problems.append(ConfigError(what + f"use {_some(_divisors(heads), near=groups)}", where=where))
+    return problems
+
+
+def check_memory_sizes(sizes: MemorySizes, architecture: Architecture, *, where: str = "") -> list[ConfigError]:
+    """Problems of the memories' sizes and token ids on this backbone; `where` names the checkpoint."""
+    chunk, stride = sizes.chunk_size, sizes.stride
+    found = []
+    if chunk < 1:
+        found.append(f"chunk_size={chunk} must be 1 or more")
+    if stride != -1 and stride < 1:
+        found.append(f"stride={stride} must be 1 or more, or -1 for no temporary memory")
+    if stride > 0 and chunk > 0 and chunk % stride:
+        found.append(f"stride={stride} does not divide chunk_size={chunk}; use {_some(_divisors(chunk), near=stride)}")
+    if stride > 0 and sizes.budget < 1:
+        found.append(f"budget={sizes.budget} must be 1 or more; for no temporary memory use stride=-1")
+    if sizes.adapter_rank < 1:
+        found.append(f"adapter_rank={sizes.adapter_rank} must be 1 or more")
+    found += _check_ids(sizes, architecture.vocab_size)
+    if not found:
+        found += _check_positions(sizes, architecture.max_positions)
+    return [ConfigError(what, where=where) for what in found]
+
+
+def _check_ids(sizes: MemorySizes, vocab_size: int) -> list[str]:
+    """Each token that writes memory is one of its own, and has a row in the embedding."""
+    found = []
+    ids = sizes.global_beacon_ids
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        found.append(
+            f"global_beacon_ids has {_listed(twice[:3], 'and')} more than once; each global slot needs its own id"
+        )
+    if sizes.stride > 0 and sizes.beacon_id in ids:
+        found.append(f"beacon_id={sizes.beacon_id} is one of global_beacon_ids; it needs an id of its own")
+    last = vocab_size - 1
+    if outside := [i for i in ids if not 0 <= i <= last]:
+        such = f"{outside[0]} is" if len(outside) == 1 else f"{len(outside)} ids, {outside[0]} for one, are"
+        found.append(f"global_beacon_ids: {such} outside the vocabulary; use 0 to {last}")
+    if sizes.stride > 0 and not 0 <= sizes.beacon_id <= last:
+        found.append(f"beacon_id={sizes.beacon_id} is outside the vocabulary; use 0 to {last}")
+    if (sizes.stride > 0 or ids) and not 0 <= sizes.memory_token_id <= last:
+        found.append(f"memory_token_id={sizes.memory_token_id} is outside the vocabulary; use 0 to {last}")
+    if not 0 <= sizes.first_new_id <= vocab_size:
+        found.append(f"first_new_id={sizes.first_new_id} is outside the vocabulary; use 0 to {vocab_size}")
+    return found
+
+
+def _check_positions(sizes: MemorySizes, max_positions: int) -> list[str]:
+    """A full chunk with all its slots and beacons fits in the positions the backbone was made for."""
+    parts = {"text": sizes.chunk_size}
+    if sizes.stride > 0:
+        parts |= {"beacons": math.ceil(sizes.chunk_size / sizes.stride), "temporary slots": sizes.budget}
+    if sizes.global_slots:
+        parts |= {"global beacons": sizes.global_slots, "global slots": sizes.global_slots}
+    needed = sum(parts.values())
+    if needed <= max_positions:
+        return []
+    told = " + ".join(f"{count} {name}" for name, count in parts.items())
+    advice = "use a smaller chunk_size, budget or number of global beacons"
+    return [f"a chunk needs {needed} positions ({told}), and the model has max_positions={max_positions}; {advice}"]
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def _problem(what: str, where: Where, *keys: str) -> ConfigError:
+    """A problem placed at the lines that give `keys`; values left at their default have no line."""
+    return ConfigError(what, where=", ".join(dict.fromkeys(where[key] for key in keys if key in where)))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _some(values: Sequence[int], *, near: int) -> str:
+    """All the values if they are few, else those around `near`."""
+    if len(values) <= _SHOWN_AT_MOST:
+        return _listed(values)
+    around = [n for n in values if n <= near][-2:] + [n for n in values if n > near][:2]
+    return f"{_listed(around)} (or another divisor)"
+
+
+def _listed(values: Sequence[object], joint: str = "or") -> str:
+    """1, 2 or 4."""
+    *most, last = [str(value) for value in values]
+    return f"{', '.join(most)} {joint} {last}" if most else last
+
+
+def _are(processes: int) -> str:
+    return "is 1" if processes == 1 else f"are {processes}"

@@ -1,0 +1,527 @@
+"""CoMeT, the Collaborative Memory Transformer (arXiv 2602.01766), in plain torch: the definition of what it computes.
+
+A text of any length is cut into *chunks*. Inside a chunk attention is causal, and nothing but the memory crosses
+from one chunk to the next, so that cost is linear in the text and the state is constant. Every layer has its own:
+
+- *global memory*: the layer's outputs at the *global beacons* at the end of a chunk, gated into a state that lasts;
+- *temporary memory*: its outputs at the *beacons* after every `stride` text tokens, in a first-in first-out queue.
+
+In the next chunk each memory vector, a *slot*, stands before the text at the input of the same layer. Its output would
+be thrown away, so it takes part as a key and a value only: no query, no output projection, no MLP, no head.
+
+    chunk 0:                                 [text, a beacon after every `stride` tokens] [global beacons]
+    chunk i: [global slots] [temporary slots] [text, a beacon after every `stride` tokens] [global beacons]
+
+Shapes: B batch, S text tokens, C chunk rows (text and beacons), M memory slots, G global slots, T temporary slots,
+N beacons, P rows before the new ones (slots included), D hidden, H heads, K key-value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_comet import CometConfig
+
+GLOBAL_NORM_EPS = 1.1920929e-07  # torch's default for fp32, in every dtype
+TEMPORARY_NORM_EPS = 1e-12
+NO_LABEL = -100
+
+
+class LayerMemory(NamedTuple):
+    """What one layer carries from chunk to chunk, in fp32; None where nothing was written yet or the memory is off."""
+
+    global_state_BGD: Tensor | None = None  # before its adapter
+    temporary_BTD: Tensor | None = None  # oldest slot first
+
+
+Memory = tuple[LayerMemory, ...]  # one a layer
+KeyValue = tuple[Tensor, Tensor]  # [B, K, rows, E] each
+
+
+class OpenChunk(NamedTuple):
+    """A chunk that can still grow: what its next rows and the memory after it need of the past. Tuples are by layer."""
+
+    text_tokens: int
+    memory: Memory  # as it entered the chunk
+    keys_values: tuple[KeyValue | None, ...]  # of the slots, then of the rows so far
+    beacons: tuple[Tensor | None, ...]  # outputs at the beacons so far, [B, N, D]
+
+
+class Row(IntEnum):
+    TEXT = 0
+    BEACON = 1
+    GLOBAL_BEACON = 2
+
+
+def plan_rows(*, text_before: int, text_new: int, stride: int, global_slots: int, closes: bool) -> list[Row]:
+    """Layout of a chunk: the rows it gains when `text_new` tokens follow its first `text_before`.
+
+    Every group of `stride` text tokens ends in a beacon, which is laid when the next text token comes. A chunk that
+    closes gets the beacon of its last group, whole or not, and the global beacons. Nobody reads those of a text's last
+    chunk, which therefore stays open. `stride=-1`: no beacons.
+    """
+    rows: list[Row] = []
+    for index in range(text_before, text_before + text_new):
+        if stride > 0 and index > 0 and index % stride == 0:
+            rows.append(Row.BEACON)
+        rows.append(Row.TEXT)
+    if closes:
+        if stride > 0 and text_before + text_new > 0:
+            rows.append(Row.BEACON)
+        rows += [Row.GLOBAL_BEACON] * global_slots
+    return rows
+
+
+def build_causal_mask(rows: int, before: int, device: torch.device) -> Tensor | None:
+    """[C, P + C], True where a row may look: at all rows before the new ones and causally among these.
+
+    None where no mask is needed: a single row sees everything; without rows before, attention is plainly causal.
+    """
+    if rows == 1 or before == 0:
+        return None
+    return torch.ones(rows, before + rows, dtype=torch.bool, device=device).tril(before)
+
+
+def build_rotary(start: int, rows: int, config: CometConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [rows, E/2], fp32, of positions start, start + 1, ... within the chunk."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    positions = torch.arange(start, start + rows, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHCE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on the two halves of each head, in fp32."""
+    cos, sin = rotary
+    first, second = x_BHCE.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHCE.dtype)
+
+
+class CometRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class Fp32Linear(nn.Linear):
+    """Computes in fp32, whatever the dtype of its weight or of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class LowRankAdapter(nn.Module):
+    """x + up(down(x)), in fp32."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down_proj = Fp32Linear(hidden_size, rank, bias=False)
+        self.up_proj = Fp32Linear(rank, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up_proj(self.down_proj(x))
+
+
+class GlobalMemoryNet(nn.Module):
+    """Gates a chunk's global beacons into the state of the global memory, and reads the state as slots."""
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__()
+        self.norm = CometRMSNorm(config.hidden_size, GLOBAL_NORM_EPS)
+        self.g_proj = Fp32Linear(2 * config.hidden_size, 1, bias=False)
+        self.o_proj = LowRankAdapter(config.hidden_size, config.memory_adapter_rank)
+
+    def forward(self, beacons_BGD: Tensor, state_BGD: Tensor | None) -> Tensor:
+        """The next state; the first chunk's is its beacons alone. One gate a slot."""
+        new_BGD = self.norm(beacons_BGD.float())
+        if state_BGD is None:
+            return new_BGD
+        gate_BG1 = torch.sigmoid(self.g_proj(torch.cat([new_BGD, state_BGD], dim=-1)))
+        return gate_BG1 * state_BGD + (1 - gate_BG1) * new_BGD
+
+    def read(self, state_BGD: Tensor) -> Tensor:
+        return self.o_proj(state_BGD)
+
+
+class CometAttention(nn.Module):
+    """Grouped-query attention with normed queries and keys, as in Qwen3, over given keys and values and its own."""
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.group_size = config.num_attention_heads // config.num_key_value_heads
+        query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def _split_heads(self, x_BCF: Tensor) -> Tensor:
+        return x_BCF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def key_value(self, x_BCD: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+        key_BKCE = rotate(self.k_norm(self._split_heads(self.k_proj(x_BCD))), rotary)
+        return key_BKCE, self._split_heads(self.v_proj(x_BCD))
+
+    def forward(
+        self, x_BCD: Tensor, before: KeyValue | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, KeyValue]:
+        query_BHCE = rotate(self.q_norm(self._split_heads(self.q_proj(x_BCD))), rotary)
+        key, value = self.key_value(x_BCD, rotary)
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        # Heads are repeated by hand: with a mask, not every attention kernel can share a key among queries.
+        out_BHCE = F.scaled_dot_product_attention(
+            query_BHCE,
+            key.repeat_interleave(self.group_size, dim=1),
+            value.repeat_interleave(self.group_size, dim=1),
+            attn_mask=mask,
+            is_causal=before is None and x_BCD.shape[1] > 1,
+        )
+        return self.o_proj(out_BHCE.transpose(1, 2).flatten(2)), (key, value)
+
+
+class CometMLP(nn.Module):
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BackboneLayer(nn.Module):
+    """A decoder layer of the backbone: attention, then MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__()
+        self.self_attn = CometAttention(config)
+        self.mlp = CometMLP(config)
+        self.input_layernorm = CometRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = CometRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def slots_key_value(self, slots_BMD: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+        """All that a slot takes part with."""
+        slots_BMD = slots_BMD.to(self.input_layernorm.weight.dtype)
+        return self.self_attn.key_value(self.input_layernorm(slots_BMD), rotary)
+
+    def forward(
+        self, x_BCD: Tensor, before: KeyValue | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, KeyValue]:
+        attended_BCD, key_value = self.self_attn(self.input_layernorm(x_BCD), before, rotary, mask)
+        x_BCD = x_BCD + attended_BCD
+        return x_BCD + self.mlp(self.post_attention_layernorm(x_BCD)), key_value
+
+
+class CometLayer(nn.Module):
+    """A layer of the backbone with the nets of its two memories; a memory that is off has no net."""
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__()
+        self.temporary_slots = config.temp_mem_budget
+        self.inner_layer = BackboneLayer(config)
+        if config.has_global_memory:
+            self.global_memory_net = GlobalMemoryNet(config)
+        if config.has_temporary_memory:
+            self.temp_memory_net = nn.Sequential(
+                CometRMSNorm(config.hidden_size, TEMPORARY_NORM_EPS),
+                LowRankAdapter(config.hidden_size, config.memory_adapter_rank),
+            )
+
+    def read_memory(self, memory: LayerMemory) -> Tensor | None:
+        """The slots [B, M, D] that stand before a chunk: global, then temporary. None without any."""
+        slots = []
+        if memory.global_state_BGD is not None:
+            slots.append(self.global_memory_net.read(memory.global_state_BGD))
+        if memory.temporary_BTD is not None:
+            slots.append(memory.temporary_BTD)
+        return torch.cat(slots, dim=1) if slots else None
+
+    def write_memory(self, memory: LayerMemory, beacons_BND: Tensor | None, globals_BGD: Tensor) -> LayerMemory:
+        """The memory after a chunk, from this layer's outputs at all its beacons and at its global beacons."""
+        state_BGD, queue_BTD = memory
+        if globals_BGD.shape[1]:
+            state_BGD = self.global_memory_net(globals_BGD, state_BGD)
+        if beacons_BND is not None:
+            new_BND = self.temp_memory_net(beacons_BND.float())
+            queue_BTD = new_BND if queue_BTD is None else torch.cat([queue_BTD, new_BND], dim=1)
+            queue_BTD = queue_BTD[:, -self.temporary_slots :]
+        return LayerMemory(state_BGD, queue_BTD)
+
+
+class CometPreTrainedModel(PreTrainedModel):
+    config_class = CometConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["CometLayer"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, CometRMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class CometModel(CometPreTrainedModel):
+    """The layers, run chunk by chunk."""
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([CometLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = CometRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def open_chunk(self, memory: Memory | None = None) -> OpenChunk:
+        """A chunk that holds the slots of `memory` and no text yet. Positions start at 0 and count the slots."""
+        memory = memory or tuple(LayerMemory() for _ in self.layers)
+        slots = [layer.read_memory(m) for layer, m in zip(self.layers, memory, strict=True)]
+        keys_values: list[KeyValue | None] = [None] * len(self.layers)
+        if slots[0] is not None:
+            rotary = build_rotary(0, slots[0].shape[1], self.config, slots[0].device)
+            keys_values = [
+                layer.inner_layer.slots_key_value(slots_BMD, rotary)
+                for layer, slots_BMD in zip(self.layers, slots, strict=True)
+            ]
+        return OpenChunk(0, memory, tuple(keys_values), (None,) * len(self.layers))
+
+    def forward_chunk(self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool) -> tuple[Tensor, OpenChunk | Memory]:
+        """Append text, which may be none, to a chunk.
+
+        Returns: the normed outputs [B, S, D] at the new text, and the grown chunk, or if it closes the memory after it.
+        """
+        rows = plan_rows(
+            text_before=chunk.text_tokens,
+            text_new=text_BS.shape[1],
+            stride=self.config.temp_beacon_stride,
+            global_slots=len(self.config.global_beacon_ids),
+            closes=closes,
+        )
+        at_text, at_beacons, at_globals = (
+            torch.tensor([i for i, row in enumerate(rows) if row == kind], dtype=torch.long, device=text_BS.device)
+            for kind in Row
+        )
+        ids_BC = text_BS.new_full((text_BS.shape[0], len(rows)), self.config.temp_beacon_id or 0)
+        ids_BC[:, at_text] = text_BS
+        ids_BC[:, at_globals] = text_BS.new_tensor(self.config.global_beacon_ids[: len(at_globals)])
+        x_BCD = self.embed_tokens(ids_BC)
+        before = 0 if chunk.keys_values[0] is None else chunk.keys_values[0][0].shape[2]
+        rotary = build_rotary(before, len(rows), self.config, x_BCD.device)
+        mask = build_causal_mask(len(rows), before, x_BCD.device)
+        keys_values, beacons, memory = [], [], []
+        for layer, layer_memory, key_value, beacons_BND in zip(self.layers, *chunk[1:], strict=True):
+            if rows:  # none where a chunk closes without any beacon
+                x_BCD, key_value = layer.inner_layer(x_BCD, key_value, rotary, mask)
+            if len(at_beacons):
+                new_BND = x_BCD[:, at_beacons]
+                beacons_BND = new_BND if beacons_BND is None else torch.cat([beacons_BND, new_BND], dim=1)
+            if closes:
+                memory.append(layer.write_memory(layer_memory, beacons_BND, x_BCD[:, at_globals]))
+            else:
+                keys_values.append(key_value)
+                beacons.append(beacons_BND)
+        text_BSD = self.norm(x_BCD[:, at_text])
+        if closes:
+            return text_BSD, tuple(memory)
+        text_tokens = chunk.text_tokens + text_BS.shape[1]
+        return text_BSD, OpenChunk(text_tokens, chunk.memory, tuple(keys_values), tuple(beacons))
+
+    def stream(
+        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool = False
+    ) -> Iterator[tuple[Tensor, OpenChunk | Memory]]:
+        """Append text of any length: whenever a chunk is full and more text comes, it closes and the next one opens.
+
+        Yields, for every chunk that gains text: the normed outputs [B, S, D] there, and the chunk to go on with; at the
+        end of the text, if `closes`, the memory after it instead.
+        """
+        while text_BS.shape[1]:
+            room = self.config.chunk_size - chunk.text_tokens
+            new_BS, text_BS = text_BS[:, :room], text_BS[:, room:]
+            is_end = text_BS.shape[1] == 0
+            text_BSD, after = self.forward_chunk(new_BS, chunk, closes=closes or not is_end)
+            if not is_end:
+                after = chunk = self.open_chunk(after)
+            if new_BS.shape[1]:
+                yield text_BSD, after
+
+
+@dataclass
+class CometOutput(ModelOutput):
+    loss: Tensor | None = None  # sum of the cross entropies over the number of labels, fp32
+    logits: Tensor | None = None  # [batch, tokens, vocabulary], at text only
+    memory: Memory | None = None  # after the last chunk
+
+
+class CometForCausalLM(CometPreTrainedModel, GenerationMixin):
+    """CoMeT with its language-model head. Takes and gives text only: chunks, beacons and memory are its own affair."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    if transformers.__version__.startswith("4."):
+        _tied_weights_keys = ["lm_head.weight"]
+
+    def __init__(self, config: CometConfig) -> None:
+        super().__init__(config)
+        self.model = CometModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        memory: Memory | None = None,
+        return_memory: bool = False,
+        return_logits: bool = True,
+    ) -> CometOutput:
+        """Read a text of any length, in chunks of `config.chunk_size` tokens, the last as long as what is left.
+
+        Args:
+            input_ids: text ids [batch, tokens], no beacons.
+            labels: of the same shape, usually the same ids; shifted here (the first is dropped), -100 is ignored.
+            attention_mask: all ones; texts of different lengths are not batched.
+            memory: of an earlier text that this one continues, in a new chunk.
+            return_memory: also close the last chunk and return the memory after it.
+            return_logits: False: the loss alone, with the head only where a label is.
+
+        Raises:
+            ValueError: the text is empty or holds ids beyond the vocabulary, or the arguments do not fit together.
+        """
+        self._check_text(input_ids, attention_mask, memory)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+        targets_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
+        logits, losses, done = [], [], 0
+        chunk = self.model.open_chunk(memory)
+        for text_BSD, after in self.model.stream(input_ids, chunk, closes=return_memory):  # noqa: B007 (used below)
+            if return_logits:
+                logits.append(self.lm_head(text_BSD))
+            if targets_BS is not None:
+                chunk_targets_BS = targets_BS[:, done : done + text_BSD.shape[1]]
+                is_label_BS = chunk_targets_BS != NO_LABEL
+                labelled = logits[-1][is_label_BS] if return_logits else self.lm_head(text_BSD[is_label_BS])
+                losses.append(F.cross_entropy(labelled.float(), chunk_targets_BS[is_label_BS], reduction="sum"))
+            done += text_BSD.shape[1]
+        loss = None
+        if targets_BS is not None:  # a text without any label has the loss 0
+            loss = torch.stack(losses).sum() / (targets_BS != NO_LABEL).sum().clamp(min=1)
+        return CometOutput(
+            loss=loss,
+            logits=torch.cat(logits, dim=1) if return_logits else None,
+            memory=after if return_memory else None,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | str | None = "config",
+        generator: torch.Generator | None = None,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Continue a text token by token; a full chunk closes and a new one opens, so that the state stays constant.
+
+        Args:
+            input_ids: text ids [batch, tokens], all of the same length.
+            max_new_tokens: text tokens to add at most.
+            do_sample: draw from the distribution that temperature, top_k (0: all) and top_p shape, rather than taking
+                the likeliest token. Beacons and the placeholder are never taken.
+            eos_token_id: ids that end a text; "config": those of the model's generation config; None: none.
+            generator: source of the draws.
+            streamer: as in transformers: `put` receives the prompt, then every new token; then `end`.
+
+        Returns: [batch, tokens + new tokens] ids; a text that ended early is filled up with the pad id.
+
+        Raises:
+            ValueError: as in forward, or sampling options that would have no effect.
+        """
+        self._check_text(input_ids, attention_mask, None)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if not do_sample and (temperature, top_k, top_p) != (1.0, 0, 1.0):
+            raise ValueError("temperature, top_k and top_p shape a distribution to draw from: set do_sample=True")
+        if eos_token_id == "config":
+            eos_token_id = self.generation_config.eos_token_id
+        end_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        pad_id = self.config.pad_token_id
+        if pad_id is None:
+            pad_id = end_ids[0] if end_ids else 0
+        warpers = LogitsProcessorList(
+            [
+                TemperatureLogitsWarper(temperature),
+                TopKLogitsWarper(top_k or self.config.vocab_size),
+                TopPLogitsWarper(top_p),
+            ]
+        )
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        text_BS, chunk = input_ids, self.model.open_chunk()
+        is_done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            text_BSD, chunk = deque(self.model.stream(text_BS, chunk), maxlen=1).pop()  # keeps only the end
+            scores_BV = self.lm_head(text_BSD[:, -1]).float()
+            scores_BV[:, self.config.memory_token_ids] = -torch.inf
+            if do_sample:
+                probabilities_BV = warpers(input_ids, scores_BV).softmax(dim=-1)
+                token_B = torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
+            else:
+                token_B = scores_BV.argmax(dim=-1)
+            token_B = token_B.masked_fill(is_done_B, pad_id)
+            text_BS = token_B[:, None]
+            input_ids = torch.cat([input_ids, text_BS], dim=1)
+            if streamer is not None:
+                streamer.put(token_B.cpu())
+            is_done_B |= torch.isin(token_B, token_B.new_tensor(end_ids))
+            if is_done_B.all():
+                break
+        if streamer is not None:
+            streamer.end()
+        return input_ids
+
+    def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None) -> None:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, not {tuple(input_ids.shape)}")
+        if (wrong := input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]).numel():
+            raise ValueError(f"input_ids holds {int(wrong[0])}, beyond the vocabulary of {self.config.vocab_size} ids")
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise ValueError("attention_mask must be all ones: give texts of one length, without padding")
+        batches = {state.shape[0] for layer in memory or () for state in layer if state is not None}
+        if batches - {input_ids.shape[0]} or (memory and len(memory) != self.config.num_hidden_layers):
+            raise ValueError("memory is of another model, or of another batch than input_ids")
+
+
+CometForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,57 @@
+"""A folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comet_megatron.errors import OutputError
+
+
+def check_is_new(output_dir: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+        OutputError: it is a file, or a folder that holds something.
+    """
+    target = Path(output_dir).resolve()
+    if target.exists() and not target.is_dir():
+        raise OutputError(
+            "the output is an existing file", where=str(output_dir), way_out="give the name of a new folder"
+        )
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(
+            "the output folder is not empty",
+            where=str(output_dir),
+            way_out="give the name of a new folder, or delete this one first; nothing is overwritten",
+        )
+    return target
+
+
+@contextmanager
+def new_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder next to `output_dir`; rename it to `output_dir` at the end, or delete it on an error.
+
+    Raises:
+        OutputError: `output_dir` is not empty, or its parent cannot be written.
+    """
+    target = check_is_new(output_dir)
+    temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(output_dir),
+            way_out="choose a folder that you may write to",
+        ) from error
+    try:
+        yield temporary
+        check_is_new(target)  # somebody may have filled it meanwhile
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""Build a run: device, layout, model, optimizer, callbacks; load weights or the state to resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comet_megatron.backend.device import select_device, set_cpu_threads
+from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, Progress, read_progress
+from comet_megatron.checkpoint.sharded import load_training_state, load_weights
+from comet_megatron.config.schema import Config
+from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.model.build import build_stage
+from comet_megatron.parallel.layout import build_layout
+from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.train.callbacks.curve import Curve
+from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
+from comet_megatron.train.callbacks.progress import start_logging
+from comet_megatron.train.callbacks.tensorboard import TensorBoard
+from comet_megatron.train.optimizer import build_optimizer, build_schedule, wrap_in_ddp
+from comet_megatron.train.records import Callback
+from comet_megatron.train.trainer import Trainer
+
+
+def build_trainer(
+    config: Config,
+    process: ProcessRank,
+    start: Path,
+    description: ModelDescription,
+    train_data: ShardDataset,
+    eval_data: ShardDataset | None,
+    *,
+    resume: bool,
+) -> tuple[Trainer, list[str]]:
+    """A trainer ready to run and a summary for the user. Communicates on the world.
+
+    Args:
+        start: checkpoint to load; with `resume` one of the run itself.
+    """
+    device = select_device(process.local_rank)
+    threads = None
+    if device.kind == "cpu":
+        threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
+    layout = build_layout(process, device, tp=config.parallel.tp, seed=config.train.seed)
+    stage = build_stage(
+        description.architecture,
+        description.memory,
+        layout.groups,
+        sequence_parallel=config.parallel.sequence_parallel,
+        precision=config.model.precision,
+    )
+    if not resume:
+        load_weights(start, stage, layout)
+    if config.train.trainable == "memory":
+        stage.freeze_backbone()
+    model = wrap_in_ddp(stage, zero1=config.parallel.zero1)
+    optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
+    progress = Progress(0, 0, config.train.trainable)
+    if resume:
+        load_training_state(start, stage, optimizer, layout)
+        progress = read_progress(start)
+    schedule = build_schedule(optimizer, config.optimizer, steps=config.train.steps, steps_done=progress.step)
+    trainer = Trainer(
+        config=config,
+        layout=layout,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        description=description,
+        tokenizer=start / TOKENIZER,
+        train_data=train_data,
+        eval_data=eval_data,
+        progress=progress,
+        callbacks=_build_callbacks(config) if layout.is_main else (),
+    )
+    return trainer, summarize(trainer, start, threads=threads)
+
+
+def _build_callbacks(config: Config) -> list[Callback]:
+    folder = Path(config.train.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    callbacks: list[Callback] = [Curve(folder)]
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoard(folder / "tensorboard"))
+    callbacks.append(ProgressDisplay(start_logging(folder), log_every=config.logging.log_every))
+    return callbacks
+
+
+def summarize(trainer: Trainer, start: Path, *, threads: int | None) -> list[str]:
+    """What runs, in a few lines."""
+    config, layout, stage = trainer.config, trainer.layout, trainer.model.module
+    architecture, memory, data = stage.architecture, stage.memory_sizes, trainer.train_data
+    weights = sum(p.numel() for p in stage.parameters())
+    trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    parallel = (
+        f"TP {layout.tp}{' with sequence parallelism' if config.parallel.sequence_parallel else ''}, DP {layout.dp}"
+    )
+    parallel += ", ZeRO-1" if config.parallel.zero1 else ""
+    on = layout.device.kind if threads is None else f"{layout.device.kind}, {threads} thread{'s' * (threads > 1)} each"
+    temporary = f"a beacon every {memory.stride} tokens, budget {memory.budget}" if memory.stride > 0 else "no beacons"
+    lines = [
+        f"model    {start}: {architecture.family}, {architecture.num_layers} layers, "
+        f"hidden {architecture.hidden_size}, vocabulary {architecture.vocab_size}; "
+        f"{weights / 1e6:.1f} M weights on this rank, {trained / 1e6:.1f} M trained",
+        f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
+        f"layout   {layout.world_size} process{'es' * (layout.world_size > 1)} on {on}: {parallel}; "
+        f"{config.model.precision}",
+        f"data     {data.folder}: {len(data):,} sequences, {data.num_tokens:,} tokens; "
+        f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps",
+    ]
+    if trainer.progress.step:
+        lines.append(f"resume   after step {trainer.progress.step}")
+    return lines

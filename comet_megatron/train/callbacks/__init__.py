@@ -1,0 +1,1 @@
+"""Small things that happen beside training, one job each."""

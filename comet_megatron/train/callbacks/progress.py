@@ -1,0 +1,93 @@
+"""What the user reads while training: a progress bar on a terminal, one line a step in the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
+from comet_megatron.train.step import BatchResult
+
+LOG_FILE = "log.txt"
+
+
+def start_logging(folder: Path) -> logging.Logger:
+    """The run's logger: to RUN/log.txt, and to stdout where that is no terminal."""
+    logger = logging.getLogger("comet_megatron.run")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    to_file = logging.FileHandler(folder / LOG_FILE)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(to_file)
+    return logger
+
+
+class Progress(Callback):
+    """Writes the log; on a terminal it shows a bar with loss and tokens/s instead of a line a step.
+
+    Args:
+        log_every: steps between lines; the first and the last step always have one.
+    """
+
+    def __init__(self, logger: logging.Logger, *, log_every: int) -> None:
+        self.logger, self.log_every = logger, log_every
+        self.bar: tqdm | None = None
+        self.steps = 0
+
+    def _say(self, text: str) -> None:
+        self.logger.info(text)
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def on_start(self, start: RunStart) -> None:
+        for line in start.summary:
+            self._say(line)
+        self.steps = start.steps
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=start.steps, initial=start.steps_done, unit="step", dynamic_ncols=True)
+
+    def on_step(self, record: StepRecord) -> None:
+        result = record.result
+        line = (
+            f"step {record.step}/{self.steps}  loss {result.loss:.4f}  lr {record.learning_rate:.2e}  "
+            f"grad norm {result.grad_norm:.3f}  {record.tokens_per_second:,.0f} tokens/s  {record.seconds:.2f} s  "
+            f"peak {record.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {result.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s", refresh=False)
+            self.bar.update(record.step - self.bar.n)
+            self.logger.info(line)
+        elif record.step % self.log_every == 0 or record.step in (1, self.steps):
+            self._say(line)
+
+    def on_evaluation(self, step: int, result: BatchResult) -> None:
+        self._say(f"step {step}/{self.steps}  held-out loss {result.loss:.4f}")
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._say(f"step {step}/{self.steps}  checkpoint {folder}")
+
+    def on_end(self, end: RunEnd) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        for line in (
+            "",
+            f"done. The run is in {end.folder}: {LOG_FILE}, metrics.jsonl, loss_curve.png, config.yaml, checkpoints/",
+            "next:",
+            f"  python tools/convert_to_hf.py --checkpoint {end.checkpoint} --output {end.folder / 'hf'}",
+            f"  tensorboard --logdir {end.folder / 'tensorboard'}",
+        ):
+            self._say(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,50 @@
+"""TensorBoard: loss, rates and speed, and per layer what the memory does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from comet_megatron.train.records import Callback, RunStart, StepRecord
+from comet_megatron.train.step import BatchResult
+
+
+class TensorBoard(Callback):
+    """Scalars of every step under RUN/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+
+    def on_start(self, start: RunStart) -> None:
+        # After a resume, what the interrupted run wrote beyond its checkpoint is hidden.
+        self.writer = SummaryWriter(str(self.folder), purge_step=start.steps_done + 1 if start.steps_done else None)
+
+    def on_step(self, record: StepRecord) -> None:
+        result = record.result
+        scalars = {
+            "train/loss": result.loss,
+            "train/learning_rate": record.learning_rate,
+            "train/gradient_norm": result.grad_norm,
+            "speed/text_tokens_per_second": record.tokens_per_second,
+            "speed/step_seconds": record.seconds,
+            "speed/peak_memory_gib": record.peak_memory_bytes / 2**30,
+        }
+        scalars |= {f"loss_by_chunk/chunk_{i:03d}": loss for i, loss in enumerate(result.chunk_losses)}
+        scalars |= {f"memory_gate_mean/layer_{i:02d}": gate for i, gate in enumerate(result.gate_means)}
+        scalars |= {f"memory_state_norm/layer_{i:02d}": norm for i, norm in enumerate(result.state_norms)}
+        self._write(scalars, record.step)
+
+    def on_evaluation(self, step: int, result: BatchResult) -> None:
+        self._write({"eval/loss": result.loss}, step)
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            if not math.isnan(value):  # no sequence had a label there
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,77 @@
+"""What a run tells its callbacks, and the callbacks' interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from comet_megatron.train.step import BatchResult
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Said once, before the first step.
+
+    Attributes:
+        folder: of the run.
+        steps: at the end of the run.
+        steps_done: by the run that this one continues; 0 for a new one.
+        summary: lines for the user: model, layout, data.
+    """
+
+    folder: Path
+    steps: int
+    steps_done: int
+    summary: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Said after each step.
+
+    Attributes:
+        step: from 1.
+        learning_rate: of the backbone.
+        seconds: wall time of the step.
+        peak_memory_bytes: the most that any rank has held so far.
+    """
+
+    step: int
+    result: BatchResult
+    learning_rate: float
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.result.text_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """Said once, after the last step and its checkpoint."""
+
+    folder: Path
+    checkpoint: Path
+
+
+class Callback:
+    """One job beside training. Only the main process has callbacks."""
+
+    def on_start(self, start: RunStart) -> None:
+        """Before the first step."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """After each step."""
+
+    def on_evaluation(self, step: int, result: BatchResult) -> None:
+        """After an evaluation on held-out data; step 0 is before training."""
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """After a checkpoint is whole."""
+
+    def on_end(self, end: RunEnd) -> None:
+        """After the last step."""
+
+    def close(self) -> None:
+        """Always called last, after an error too."""

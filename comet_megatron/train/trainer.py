@@ -1,0 +1,136 @@
+"""The training loop: batches in, steps, evaluations and checkpoints out; callbacks are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from comet_megatron.backend.device import peak_memory_bytes
+from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
+from comet_megatron.checkpoint.run_folder import checkpoint_folder
+from comet_megatron.checkpoint.sharded import save_checkpoint
+from comet_megatron.config.schema import Config
+from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.data.sampler import plan_batch
+from comet_megatron.parallel.layout import Layout
+from comet_megatron.train.optimizer import backbone_learning_rate
+from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
+from comet_megatron.train.sequence import BackwardSettings
+from comet_megatron.train.step import evaluate, train_step
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, built; `run` does the rest.
+
+    Attributes:
+        tokenizer: folder that checkpoints carry along.
+        progress: where the run is; 0 steps for a new one.
+        callbacks: empty but on the main process.
+    """
+
+    config: Config
+    layout: Layout
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    description: ModelDescription
+    tokenizer: Path
+    train_data: ShardDataset
+    eval_data: ShardDataset | None
+    progress: Progress
+    callbacks: Sequence[Callback]
+
+    @property
+    def settings(self) -> BackwardSettings:
+        train = self.config.train
+        return BackwardSettings(
+            bptt_chunks=train.bptt_chunks,
+            recompute=train.recompute == "full",
+            slice_tokens=train.loss_slice_tokens,
+        )
+
+    def run(self, summary: Sequence[str] = ()) -> Path:
+        """Train to the last step; the last checkpoint's folder. Every rank calls it.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite.
+            DataError: a shard is damaged.
+        """
+        train = self.config.train
+        folder = Path(train.output)
+        try:
+            self._tell("on_start", RunStart(folder, train.steps, self.progress.step, tuple(summary)))
+            if self.progress.step == 0 and train.eval_every:
+                self._evaluate(0)
+            saved = checkpoint_folder(folder, self.progress.step)
+            for step in range(self.progress.step + 1, train.steps + 1):
+                self._step(step)
+                if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
+                    self._evaluate(step)
+                if step == train.steps or (train.save_every and step % train.save_every == 0):
+                    saved = self._save(step)
+            self._tell("on_end", RunEnd(folder, saved))
+            return saved
+        finally:
+            self._tell("close")
+
+    def _tell(self, event: str, *arguments: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+
+    def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        numbers = plan_batch(
+            step - 1,
+            global_batch_size=self.config.train.global_batch_size,
+            dp_rank=self.layout.dp_rank,
+            dp_size=self.layout.dp,
+            num_samples=len(self.train_data),
+            seed=self.config.data.seed,
+        )
+        sequences = [self.train_data[n] for n in numbers]
+        self.schedule.step(increment=1)
+        result = train_step(self.model, self.optimizer, sequences, self.layout, settings=self.settings, step=step)
+        self.progress = Progress(step, self.progress.text_tokens + result.text_tokens, self.config.train.trainable)
+        record = StepRecord(
+            step=step,
+            result=result,
+            learning_rate=backbone_learning_rate(self.optimizer),
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=self._peak_memory(),
+        )
+        self._tell("on_step", record)
+
+    def _evaluate(self, step: int) -> None:
+        count = min(self.config.train.eval_sequences, len(self.eval_data))
+        sequences = [self.eval_data[n] for n in range(self.layout.dp_rank, count, self.layout.dp)]
+        result = evaluate(self.model.module, sequences, self.layout, settings=self.settings)
+        self._tell("on_evaluation", step, result)
+
+    def _save(self, step: int) -> Path:
+        folder = checkpoint_folder(Path(self.config.train.output), step)
+        save_checkpoint(
+            folder,
+            self.model.module,
+            self.layout,
+            description=self.description,
+            tokenizer=self.tokenizer,
+            optimizer=self.optimizer,
+            progress=self.progress,
+        )
+        self._tell("on_checkpoint", step, folder)
+        return folder
+
+    def _peak_memory(self) -> int:
+        most = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device.torch_device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
