@@ -100,7 +100,10 @@ def _replace_device_literals(module: types.ModuleType) -> None:
 
 
 class _NoStream:
-    """A stream on a device that has none: all work is already in order."""
+    """A stream on a device that has none: all work is already in order. A class, as libraries name it in types."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
 
     def wait_stream(self, stream: object) -> None:
         pass
@@ -119,7 +122,7 @@ def _replace_torch_cuda() -> None:
     cuda.synchronize = nothing  # async_utils:212; filesystem_async:230; timers:152
     cuda.empty_cache = nothing
     # overlapped DDP takes streams (distributed_data_parallel.py:230, param_and_grad_buffer.py:417-422)
-    cuda.Stream = lambda *args, **kwargs: stream
+    cuda.Stream = _NoStream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
     cuda.stream = lambda s: contextlib.nullcontext()
     # CudaRNGStatesTracker (random.py:235-238, 422): there is one generator, the CPU one

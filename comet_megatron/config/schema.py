@@ -33,6 +33,7 @@ class OptimizerSection:
     lr: float = 5e-5
     min_lr: float = 0.0  # cosine decay ends here
     warmup_steps: int = 10
+    decay_steps: Union[int, str] = "auto"  # step at which min_lr is reached; auto: train.steps
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0  # never on vectors

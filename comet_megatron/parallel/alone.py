@@ -15,9 +15,11 @@ from comet_megatron.parallel.process import ProcessRank
 @contextmanager
 def alone() -> Iterator[Layout]:
     """A Layout of one process on this machine's device; taken down at the end."""
+    started = not dist.is_initialized()
     layout = build_layout(ProcessRank(0, 1, 0, 1), select_device(0), tp=1, seed=0)
     try:
         yield layout
     finally:
         close_layout()
-        dist.destroy_process_group()
+        if started:
+            dist.destroy_process_group()

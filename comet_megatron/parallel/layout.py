@@ -50,6 +50,7 @@ def build_layout(process: ProcessRank, device: Device, *, tp: int, seed: int, ti
             dist.init_process_group(device.collectives, store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(device.collectives, timeout=timedelta(seconds=timeout_s))
+    close_layout()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
@@ -67,4 +68,5 @@ def build_layout(process: ProcessRank, device: Device, *, tp: int, seed: int, ti
 
 def close_layout() -> None:
     """Take down Megatron's groups, so that another layout can be built on the same processes."""
-    parallel_state.destroy_model_parallel()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()

@@ -1,15 +1,107 @@
-"""Tiny models for tests: sizes, a stage on this rank, whole gradients under Hugging Face names."""
+"""Tiny models for tests: sizes, weights from the oracle, a stage on this rank, whole gradients under their HF names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from comet_megatron.checkpoint.hf_export import hf_config_of
 from comet_megatron.checkpoint.hf_rules import Rule, plan_rules, to_hf, to_megatron
+from comet_megatron.checkpoint.model_folder import ModelDescription
+from comet_megatron.config.schema import Architecture, MemorySizes
+from comet_megatron.hf.configuration_comet import CometConfig
+from comet_megatron.hf.modeling_comet import CometForCausalLM
 from comet_megatron.model.stage import CometStage
+from comet_megatron.parallel.layout import Layout, build_layout, close_layout
+from comet_megatron.parallel.process import ProcessRank
+
+TEXT_IDS = 200  # text ids of the tiny models; new ids follow
+
+
+def tiny_architecture(*, tie_embeddings: bool = False, num_layers: int = 3) -> Architecture:
+    """Sizes that TP 1, 2 and 4 divide; a vocabulary that needs padding."""
+    return Architecture(
+        family="qwen3",
+        num_layers=num_layers,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=4,
+        head_dim=16,
+        vocab_size=230,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_embeddings=tie_embeddings,
+        init_std=0.05,
+        max_positions=512,
+    )
+
+
+def tiny_memory(*, global_slots: int = 6, stride: int = 4, budget: int = 12, chunk_size: int = 16) -> MemorySizes:
+    """Memory of a tiny model; G or stride may be switched off (0, -1)."""
+    return MemorySizes(
+        chunk_size=chunk_size,
+        stride=stride,
+        budget=budget,
+        memory_token_id=TEXT_IDS,
+        beacon_id=TEXT_IDS + 1 + global_slots,
+        global_beacon_ids=tuple(range(TEXT_IDS + 1, TEXT_IDS + 1 + global_slots)),
+        first_new_id=TEXT_IDS,
+    )
+
+
+def tiny_sequences(lengths: Sequence[int], *, seed: int = 0) -> list[np.ndarray]:
+    """Random text ids."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, TEXT_IDS, n).astype(np.int32) for n in lengths]
+
+
+def build_oracle(architecture: Architecture, memory: MemorySizes, *, seed: int = 0) -> CometForCausalLM:
+    """The oracle with random weights, norms included, so that a norm in the wrong place shows."""
+    description = ModelDescription(architecture, memory, {"eos_token_id": 0})
+    config = hf_config_of(description, tokenizer_eos=0, dtype=torch.float32)
+    torch.manual_seed(seed)
+    oracle = CometForCausalLM(CometConfig(**{k: v for k, v in config.items() if k not in ("architectures", "dtype")}))
+    with torch.no_grad():
+        for name, param in oracle.named_parameters():
+            if param.dim() == 1:
+                param.uniform_(0.5, 1.5)
+            elif "_memory_net" in name:
+                param.normal_(std=0.1)
+    return oracle
+
+
+def oracle_tensors(oracle: CometForCausalLM) -> dict[str, Tensor]:
+    """Its weights by name, a tied head left out."""
+    return {n: p.detach() for n, p in oracle.named_parameters()}
+
+
+_current: list[tuple[int, Layout]] = []
+
+
+def layout_of(process: ProcessRank, *, tp: int = 1) -> Layout:
+    """A layout on the processes of this pool; the last one is kept for the next test."""
+    from comet_megatron.backend.device import select_device
+
+    if _current and _current[0][0] != tp:
+        _current.clear()
+        close_layout()
+    if not _current:
+        _current.append((tp, build_layout(process, select_device(process.local_rank), tp=tp, seed=1)))
+    return _current[0][1]
+
+
+@cache
+def layout_alone() -> Layout:
+    """The layout of a test in this one process."""
+    torch.set_num_threads(1)
+    return layout_of(ProcessRank(0, 1, 0, 1))
 
 
 @torch.no_grad()
@@ -46,3 +138,14 @@ def gradients(stage: CometStage) -> dict[str, Tensor]:
         grad = param.grad if grad is None else grad
         found[name] = torch.zeros_like(param) if grad is None else grad.detach()
     return found
+
+
+def gather_zero1_gradients(model: DistributedDataParallel) -> None:
+    """After ZeRO-1's reduce-scatter each rank has its shard of the reduced gradients: give every rank all of them."""
+    group = model.dp_cp_group
+    for buffer in model.buffers:
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.view(group.size(), -1)
+            parts = [torch.empty_like(shards[0]) for _ in range(group.size())]
+            dist.all_gather(parts, shards[group.rank()].clone(), group=group)
+            shards.copy_(torch.stack(parts))

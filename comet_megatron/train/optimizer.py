@@ -62,14 +62,16 @@ def build_optimizer(
 def build_schedule(
     optimizer: MegatronOptimizer, settings: OptimizerSection, *, steps: int, steps_done: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine decay to min_lr at the last step. Step k of a run (from 1) uses the rate at k."""
+    """Linear warm-up, then cosine decay to min_lr at `decay_steps`. Step k of a run (from 1) uses the rate at k."""
+    decay_steps = steps if settings.decay_steps == "auto" else int(settings.decay_steps)
+    warmup_steps = min(settings.warmup_steps, decay_steps)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=min(settings.warmup_steps, steps),
-        lr_decay_steps=max(steps, min(settings.warmup_steps, steps) + 1),
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(decay_steps, warmup_steps + 1),
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

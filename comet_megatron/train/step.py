@@ -60,9 +60,35 @@ def train_step(
     Raises:
         TrainingError: the loss or the gradient is not finite; the weights are as they were before the step.
     """
+    optimizer.zero_grad()
+    gathered = accumulate_gradients(model, sequences, layout, settings=settings, step=step)
+    optimizer.prepare_grads()
+    clip = optimizer.config.clip_grad
+    grad_norm = float(optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        stop_on_nonfinite_gradient(model.module, layout, step=step)
+    optimizer.step_with_ready_grads()
+    model.module.write_new_rows()
+    return BatchResult(**{**vars(gathered), "grad_norm": grad_norm})
+
+
+def accumulate_gradients(
+    model: DistributedDataParallel,
+    sequences: Sequence[np.ndarray],
+    layout: Layout,
+    *,
+    settings: BackwardSettings,
+    step: int,
+) -> BatchResult:
+    """The gradient of the global batch's mean loss in every parameter's main_grad, reduced over all axes.
+
+    With ZeRO-1 a data-parallel rank holds its own shard of the reduced gradient.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
     stage: CometStage = model.module
     model.zero_grad_buffer()
-    optimizer.zero_grad()
     batch = [(ids[None], next_token_labels(ids)[None]) for ids in sequences]
     num_labels = _global_sum(sum(int((labels != IGNORE_LABEL).sum()) for _, labels in batch), layout)
     scale = 1.0 / max(num_labels, 1)
@@ -72,14 +98,7 @@ def train_step(
     if not math.isfinite(gathered.loss):
         stop_on_nonfinite_loss(stage, batch, layout, step=step)
     finalize_model_grads([model], pg_collection=layout.groups)
-    optimizer.prepare_grads()
-    clip = optimizer.config.clip_grad
-    grad_norm = float(optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        stop_on_nonfinite_gradient(stage, layout, step=step)
-    optimizer.step_with_ready_grads()
-    stage.write_new_rows()
-    return BatchResult(**{**vars(gathered), "grad_norm": grad_norm})
+    return gathered
 
 
 def evaluate(
