@@ -17,6 +17,7 @@ REQUIRES = [
     "tokenizers>=0.22",  # what a trained tokenizer is exported to
     "webdataset>=0.2.111",  # the tar shards' convention and writer
     "omegaconf>=2.3",  # YAML with dotted overrides on dataclasses
+    "PyYAML>=6",  # line numbers of a configuration's keys, for messages
     "numpy>=1.26",  # token arrays, the index of shards
     "tensorboard>=2.16",  # training curves
     "matplotlib>=3.8",  # the loss curve as PNG

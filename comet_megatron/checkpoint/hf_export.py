@@ -59,7 +59,8 @@ def export_hf(checkpoint: Path, output: Path, layout: Layout, *, dtype: str = "a
         code = Path(comet_megatron.hf.__file__).parent
         for name in CODE_FILES:
             shutil.copyfile(code / name, folder / name)
-        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+        for file in tokenizer_folder.iterdir():
+            shutil.copyfile(file, folder / file.name)
     return description
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from comet_megatron.checkpoint.hf_folder import HfTensors, architecture_of, read
 from comet_megatron.checkpoint.hf_rules import EMBEDDING, HEAD, plan_rules, to_megatron
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.sharded import save_checkpoint
-from comet_megatron.config.rules import check_architecture, check_memory_sizes, require
+from comet_megatron.config.rules import check_architecture, check_memory_sizes, check_stride_divides, require
 from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.data.tokenizer import load_tokenizer
 from comet_megatron.errors import CheckpointError
@@ -62,7 +63,10 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
     memory = add_tokens(tokenizer, asked, where=str(source))
     rows = max(backbone.vocab_size, len(tokenizer))
     architecture = replace(backbone, vocab_size=-(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
-    require(check_memory_sizes(memory, architecture, where="the sizes asked for"))
+    require(
+        check_memory_sizes(memory, architecture, where="the sizes asked for")
+        + check_stride_divides(memory, where="the sizes asked for")
+    )
     with HfTensors(source) as tensors:
         check_tensors(tensors, backbone)
         precision = "bf16" if tensors[EMBEDDING].dtype == torch.bfloat16 else "fp32"
@@ -71,9 +75,22 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
         fill_from_backbone(stage, tensors, backbone)
     description = ModelDescription(architecture, memory, hf_config)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, Path(folder))
         save_checkpoint(output, stage, layout, description=description, tokenizer=Path(folder))
     return description
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer that loads with AutoTokenizer on transformers 4 and 5.
+
+    5 names its general class TokenizersBackend, which 4 does not know; both know its old name.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def add_tokens(tokenizer: Any, asked: AskedMemory, *, where: str) -> MemorySizes:

@@ -58,7 +58,10 @@ def save_checkpoint(
         write_description(temporary, description)
         if progress is not None:
             write_progress(temporary, progress)
-        shutil.copytree(tokenizer, temporary / TOKENIZER)
+        (temporary / TOKENIZER).mkdir()
+        for file in tokenizer.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, temporary / TOKENIZER / file.name)
         (temporary / COMPLETE).touch()
         os.replace(temporary, folder)
     dist.barrier()

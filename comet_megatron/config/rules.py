@@ -34,7 +34,7 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
 _ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad")
-_COUNT_OR_WORD = {"train.bptt_chunks": "all", "train.cpu_threads": "auto"}
+_COUNT_OR_WORD = {"train.bptt_chunks": "all", "train.cpu_threads": "auto", "optimizer.decay_steps": "auto"}
 _NOT_EMPTY = ("model.path", "data.train", "train.output")
 _SHOWN_AT_MOST = 10  # values in a list of what would work
 
@@ -95,12 +95,11 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     if 0 < optimizer.lr < optimizer.min_lr:
         what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
         problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
-    if 1 <= train.steps < optimizer.warmup_steps:
-        what = (
-            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than train.steps={train.steps}; "
-            f"use {train.steps} or fewer"
-        )
-        problems.append(_problem(what, where, "optimizer.warmup_steps", "train.steps"))
+    automatic = isinstance(optimizer.decay_steps, str)
+    end, end_key = (train.steps, "train.steps") if automatic else (optimizer.decay_steps, "optimizer.decay_steps")
+    if 1 <= end < optimizer.warmup_steps:
+        what = f"optimizer.warmup_steps={optimizer.warmup_steps} is more than {end_key}={end}; use {end} or fewer"
+        problems.append(_problem(what, where, "optimizer.warmup_steps", end_key))
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         what = "parallel.sequence_parallel=true shards over tensor-parallel ranks, and parallel.tp=1 is one; "
         what += "use parallel.tp=2 or more, or sequence_parallel=false"
@@ -201,8 +200,6 @@ def check_memory_sizes(sizes: MemorySizes, architecture: Architecture, *, where:
         found.append(f"chunk_size={chunk} must be 1 or more")
     if stride != -1 and stride < 1:
         found.append(f"stride={stride} must be 1 or more, or -1 for no temporary memory")
-    if stride > 0 and chunk > 0 and chunk % stride:
-        found.append(f"stride={stride} does not divide chunk_size={chunk}; use {_some(_divisors(chunk), near=stride)}")
     if stride > 0 and sizes.budget < 1:
         found.append(f"budget={sizes.budget} must be 1 or more; for no temporary memory use stride=-1")
     if sizes.adapter_rank < 1:
@@ -211,6 +208,18 @@ def check_memory_sizes(sizes: MemorySizes, architecture: Architecture, *, where:
     if not found:
         found += _check_positions(sizes, architecture.max_positions)
     return [ConfigError(what, where=where) for what in found]
+
+
+def check_stride_divides(sizes: MemorySizes, *, where: str = "") -> list[ConfigError]:
+    """A new model's stride divides its chunk size, so that every beacon stands for as many tokens.
+
+    The model itself computes any sizes, and a checkpoint made elsewhere may have them.
+    """
+    chunk, stride = sizes.chunk_size, sizes.stride
+    if stride < 1 or chunk < 1 or chunk % stride == 0:
+        return []
+    what = f"stride={stride} does not divide chunk_size={chunk}; use {_some(_divisors(chunk), near=stride)}"
+    return [ConfigError(what, where=where)]
 
 
 def _check_ids(sizes: MemorySizes, vocab_size: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from comet_megatron.config.schema import Architecture
 
@@ -16,12 +17,17 @@ def padded_vocabulary(vocab_size: int, *, tp: int) -> int:
     return -(-vocab_size // (128 * tp)) * 128 * tp
 
 
+def _leave_as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
 def build_transformer_config(
     architecture: Architecture, *, tp: int, sequence_parallel: bool, precision: str
 ) -> TransformerConfig:
     """Megatron's config of one pipeline stage.
 
-    Weights are always loaded, so nothing is initialised. Gradient accumulation fusion stays off: the K/V prefix uses a
+    Weights are always loaded, so nothing is drawn; but Megatron's initialisation runs, as it is what marks a weight as
+    tensor-parallel (without the mark its gradient's norm is counted on one rank only). Gradient accumulation fusion stays off: the K/V prefix uses a
     slice of linear_qkv's weight, whose gradient Megatron's hook would then drop.
 
     Args:
@@ -49,7 +55,9 @@ def build_transformer_config(
         params_dtype=dtype,
         bf16=precision == "bf16",
         calculate_per_token_loss=True,  # the loss is scaled by the global label count: DDP must sum, not average
-        perform_initialization=False,
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -8,9 +8,11 @@ from functools import cache
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from comet_megatron.backend.device import select_device
 from comet_megatron.checkpoint.hf_export import hf_config_of
 from comet_megatron.checkpoint.hf_rules import Rule, plan_rules, to_hf, to_megatron
 from comet_megatron.checkpoint.model_folder import ModelDescription
@@ -18,7 +20,7 @@ from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.hf.configuration_comet import CometConfig
 from comet_megatron.hf.modeling_comet import CometForCausalLM
 from comet_megatron.model.stage import CometStage
-from comet_megatron.parallel.layout import Layout, build_layout, close_layout
+from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
 
 TEXT_IDS = 200  # text ids of the tiny models; new ids follow
@@ -87,13 +89,8 @@ _current: list[tuple[int, Layout]] = []
 
 def layout_of(process: ProcessRank, *, tp: int = 1) -> Layout:
     """A layout on the processes of this pool; the last one is kept for the next test."""
-    from comet_megatron.backend.device import select_device
-
-    if _current and _current[0][0] != tp:
-        _current.clear()
-        close_layout()
-    if not _current:
-        _current.append((tp, build_layout(process, select_device(process.local_rank), tp=tp, seed=1)))
+    if not (parallel_state.model_parallel_is_initialized() and _current and _current[0][0] == tp):
+        _current[:] = [(tp, build_layout(process, select_device(process.local_rank), tp=tp, seed=1))]
     return _current[0][1]
 
 

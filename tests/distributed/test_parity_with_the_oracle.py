@@ -138,9 +138,7 @@ def test_loss_and_gradients_equal_the_oracle(name, pool):
 def gradients_of_one(process, case: Case, tensors, ids, labels):
     """On each rank: whole gradients of one microbatch with labels of its own."""
     layout = layout_of(process, tp=case.tp)
-    stage = build_stage(
-        tiny_architecture(), tiny_memory(), layout.groups, sequence_parallel=case.sequence_parallel
-    )
+    stage = build_stage(tiny_architecture(), tiny_memory(), layout.groups, sequence_parallel=case.sequence_parallel)
     load_hf_tensors(stage, tensors)
     model = wrap_in_ddp(stage, zero1=False)
     scale = 1.0 / (labels != IGNORE_LABEL).sum()

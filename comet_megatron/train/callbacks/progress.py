@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +40,8 @@ class Progress(Callback):
         self.logger, self.log_every = logger, log_every
         self.bar: tqdm | None = None
         self.steps = 0
+        self.losses: list[float] = []
+        self.held_out: list[float] = []
 
     def _say(self, text: str) -> None:
         self.logger.info(text)
@@ -57,6 +60,7 @@ class Progress(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         result = record.result
+        self.losses.append(result.loss)
         line = (
             f"step {record.step}/{self.steps}  loss {result.loss:.4f}  lr {record.learning_rate:.2e}  "
             f"grad norm {result.grad_norm:.3f}  {record.tokens_per_second:,.0f} tokens/s  {record.seconds:.2f} s  "
@@ -70,6 +74,7 @@ class Progress(Callback):
             self._say(line)
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:
+        self.held_out.append(result.loss)
         self._say(f"step {step}/{self.steps}  held-out loss {result.loss:.4f}")
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -81,6 +86,7 @@ class Progress(Callback):
             self.bar = None
         for line in (
             "",
+            *(_fall("training loss", self.losses), _fall("held-out loss", self.held_out)),
             f"done. The run is in {end.folder}: {LOG_FILE}, metrics.jsonl, loss_curve.png, config.yaml, checkpoints/",
             "next:",
             f"  python tools/convert_to_hf.py --checkpoint {end.checkpoint} --output {end.folder / 'hf'}",
@@ -91,3 +97,12 @@ class Progress(Callback):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _fall(name: str, losses: Sequence[float]) -> str:
+    """How far a loss fell, first to last."""
+    if len(losses) < 2:
+        return f"{name}: measured {len(losses)} times"
+    first, last = losses[0], losses[-1]
+    change = f"{abs(last - first):.2f} ({abs(last / first - 1):.0%})" if first else f"{abs(last - first):.2f}"
+    return f"{name} {'fell' if last < first else 'rose'} from {first:.2f} to {last:.2f}, by {change}"

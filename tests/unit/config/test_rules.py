@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comet_megatron.config.rules import check_architecture, check_config, check_layout, check_memory_sizes, require
+from comet_megatron.config.rules import (
+    check_architecture,
+    check_config,
+    check_layout,
+    check_memory_sizes,
+    check_stride_divides,
+    require,
+)
 from comet_megatron.config.schema import Architecture, Config, DataSection, MemorySizes, ModelSection, TrainSection
 from comet_megatron.errors import ConfigError
 
@@ -120,6 +127,7 @@ def test_a_value_out_of_range_is_the_only_problem_and_says_what_it_must_be(key, 
         ("train__bptt_chunks", 1),
         ("train__cpu_threads", 1),
         ("train__seed", 2**32 - 1),
+        ("data__seed", 0),
         ("train__eval_sequences", 1),
     ],
 )
@@ -318,7 +326,6 @@ def test_query_groups_that_do_not_divide_the_heads_are_refused():
         ({"chunk_size": 0}, "chunk_size=0 must be 1 or more"),
         ({"stride": 0}, "stride=0 must be 1 or more, or -1 for no temporary memory"),
         ({"stride": -2}, "stride=-2 must be 1 or more, or -1 for no temporary memory"),
-        ({"stride": 5}, "stride=5 does not divide chunk_size=32; use 1, 2, 4, 8, 16 or 32"),
         ({"budget": 0}, "budget=0 must be 1 or more; for no temporary memory use stride=-1"),
         ({"adapter_rank": 0}, "adapter_rank=0 must be 1 or more"),
         (
@@ -341,8 +348,27 @@ def test_a_wrong_size_of_the_memory_is_the_only_problem_and_says_what_would_work
     assert texts(check_memory_sizes(change(MEMORY, **values), SMALL, where="base")) == [f"{message} (base)"]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"chunk_size": 1, "stride": 1, "budget": 1, "adapter_rank": 1},
+        {"memory_token_id": 0, "beacon_id": 1, "global_beacon_ids": (2, 319), "first_new_id": 0},
+        {"memory_token_id": 1, "beacon_id": 0, "global_beacon_ids": (319,), "first_new_id": 320},
+        {"global_beacon_ids": (0,)},
+    ],
+)
+def test_sizes_and_ids_at_the_edge_of_their_range_are_allowed(values):
+    assert check_memory_sizes(change(MEMORY, **values), SMALL) == []
+
+
+@pytest.mark.parametrize("values", [{"global_beacon_ids": ()}, {"stride": -1}])
+def test_either_memory_alone_needs_the_id_that_stands_for_a_slot(values):
+    [message] = texts(check_memory_sizes(change(MEMORY, memory_token_id=320, **values), SMALL))
+    assert message == "memory_token_id=320 is outside the vocabulary; use 0 to 319"
+
+
 def test_many_divisors_are_shortened_to_those_around_the_value():
-    [message] = texts(check_memory_sizes(change(PAPER, stride=7), change(SMALL, vocab_size=1000)))
+    [message] = texts(check_stride_divides(change(PAPER, stride=7)))
     assert message == "stride=7 does not divide chunk_size=2048; use 2, 4, 8 or 16 (or another divisor)"
 
 
@@ -381,3 +407,18 @@ def test_require_raises_all_problems_once_and_nothing_if_there_are_none():
     with pytest.raises(ConfigError) as caught:
         require([first, second, ConfigError("first", where="a:1")])
     assert str(caught.value) == "2 problems:\n- first (a:1)\n- second"
+
+
+def test_a_stride_that_does_not_divide_the_chunk_is_refused_for_new_models_only():
+    ragged = change(MEMORY, stride=5)
+    [message] = texts(check_stride_divides(ragged))
+    assert message == "stride=5 does not divide chunk_size=32; use 1, 2, 4, 8, 16 or 32"
+    assert check_memory_sizes(ragged, SMALL) == []
+    assert check_stride_divides(MEMORY) == check_stride_divides(change(MEMORY, stride=-1)) == []
+
+
+def test_warm_up_is_held_against_the_end_of_the_decay():
+    stopped_early = change(train__steps=5, optimizer__decay_steps=20)
+    assert check_config(stopped_early) == []
+    [message] = texts(check_config(change(stopped_early, optimizer__decay_steps=9)))
+    assert message == "optimizer.warmup_steps=10 is more than optimizer.decay_steps=9; use 9 or fewer"
