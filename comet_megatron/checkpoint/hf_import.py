@@ -18,7 +18,7 @@ from comet_megatron.checkpoint.sharded import save_checkpoint
 from comet_megatron.config.rules import check_architecture, check_memory_sizes, check_stride_divides, require
 from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.data.tokenizer import load_tokenizer
-from comet_megatron.errors import CheckpointError
+from comet_megatron.errors import CheckpointError, ConfigError
 from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.layout import Layout
 from tokenizers import AddedToken
@@ -59,6 +59,10 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
     hf_config = read_hf_config(source)
     backbone = architecture_of(hf_config, where=str(source / "config.json"))
     require(check_architecture(backbone, where=str(source / "config.json")))
+    if asked.global_slots < 0:
+        raise ConfigError(f"--global-slots {asked.global_slots} must be 0 or more; 0: no global memory")
+    with HfTensors(source) as tensors:
+        check_tensors(tensors, backbone)
     tokenizer = load_tokenizer(source)
     memory = add_tokens(tokenizer, asked, where=str(source))
     rows = max(backbone.vocab_size, len(tokenizer))
@@ -68,7 +72,6 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
         + check_stride_divides(memory, where="the sizes asked for")
     )
     with HfTensors(source) as tensors:
-        check_tensors(tensors, backbone)
         precision = "bf16" if tensors[EMBEDDING].dtype == torch.bfloat16 else "fp32"
         torch.manual_seed(seed)
         stage = build_stage(architecture, memory, layout.groups, precision=precision)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from comet_megatron.checkpoint.model_folder import (
     COMPLETE,
@@ -101,13 +102,21 @@ def _sharded_state(
     return state
 
 
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong; torch puts the tracebacks of all ranks into the text."""
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()))[0]
+        return f"{type(inner).__name__} {inner}".strip()
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder / WEIGHTS))
-    except (CheckpointingException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (CheckpointingException, CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = _reason(error)
         raise CheckpointError(
             f"the weights cannot be loaded: {reason}",
             where=str(folder / WEIGHTS),

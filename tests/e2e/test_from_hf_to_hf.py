@@ -136,7 +136,9 @@ def test_the_commands_train_with_two_processes_and_the_export_stands_alone(tmp_p
         return done.stdout
 
     data = tmp_path / "data"
-    out = run("tools/prepare_data.py", "--input", source, "--tokenizer", TOKENIZER, "--output", data, "--sequence-length", 200)
+    out = run(
+        "tools/prepare_data.py", "--input", source, "--tokenizer", TOKENIZER, "--output", data, "--sequence-length", 200
+    )
     assert "next:" in out
     model = tmp_path / "small"
     run("examples/make_small_model.py", "--tokenizer", TOKENIZER, "--output", model, "--hidden-size", 32, "--layers", 2)

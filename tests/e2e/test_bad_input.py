@@ -1,0 +1,357 @@
+"""Each mistake a user can make gives one clear message, exit code 2, no traceback, and nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from comet_megatron.testing.runs import run_command, write_config, write_data, write_start
+from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENIZER = REPOSITORY / "tokenizers" / "python_stdlib_4k"
+
+
+def run_tool(process, name: str, arguments: list[str]) -> tuple[int, str, str]:
+    """A tool's main in this process: exit code, stdout, stderr."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", REPOSITORY / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = tool.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Everything below a folder, with sizes."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refused(result: tuple[int, str, str], parts: tuple[str, ...]) -> None:
+    code, _, message = result
+    assert code == 2, message
+    assert "Traceback" not in message
+    for part in parts:
+        assert part in message, message
+    first = message.splitlines()[0]
+    assert first.split(":")[0] in (
+        "configuration error",
+        "checkpoint error",
+        "data error",
+        "output error",
+    ), first
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory, pool) -> Path:
+    """A start checkpoint, data, a Hugging Face model and a finished run, to be copied and spoilt."""
+    folder = tmp_path_factory.mktemp("ready")
+    write_data(folder / "data", tiny_sequences((40, 50, 33)))
+    pool(1).run(write_start, folder / "start", tiny_architecture(num_layers=1), tiny_memory())
+    other = tiny_memory(global_slots=3)
+    pool(1).run(write_start, folder / "other", tiny_architecture(num_layers=1), other)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = Qwen3Config(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    finished = write_config(folder / "finished.yaml", folder, train={"output": str(folder / "finished"), "steps": 2})
+    code, _, err = pool(1).run(run_command, "--config", str(finished))[0]
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def place(ready, tmp_path) -> Path:
+    """A copy of `ready` to spoil."""
+    for path in ready.iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, tmp_path / path.name)
+    return tmp_path
+
+
+def nothing(folder: Path) -> None:
+    """Spoil nothing."""
+
+
+def edit_json(name: str, **values: object) -> Callable[[Path], None]:
+    """Set values in a JSON file; `a__b` goes one level down."""
+
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        for key, value in values.items():
+            outer, _, inner = key.partition("__")
+            if inner:
+                content[outer][inner] = value
+            else:
+                content[outer] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    """Delete a file or folder."""
+
+    def delete(folder: Path) -> None:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return delete
+
+
+def empty(name: str) -> Callable[[Path], None]:
+    """Delete what is in a folder."""
+
+    def clear(folder: Path) -> None:
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
+
+    return clear
+
+
+def truncate(pattern: str) -> Callable[[Path], None]:
+    """Cut files in half."""
+
+    def cut(folder: Path) -> None:
+        paths = list(folder.glob(pattern))
+        assert paths
+        for path in paths:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    """Write a file."""
+
+    def put(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return put
+
+
+def edit_weights(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Change the tensors of the Hugging Face model."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "hf" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return edit
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is spoilt, what is typed, what the message must say."""
+
+    says: tuple[str, ...]
+    spoil: Callable[[Path], None] = nothing
+    typed: tuple[str, ...] = ()
+
+
+TRAIN = {
+    "a misspelt key": Mistake(("train.stepz", "train.steps"), typed=("train.stepz=3",)),
+    "an unknown section": Mistake(("trian",), typed=("trian.steps=3",)),
+    "a wrong type": Mistake(("train.steps", "many"), typed=("train.steps=many",)),
+    "an override without =": Mistake(("train.steps",), typed=("train.steps",)),
+    "several problems at once": Mistake(
+        ("3 problems", "optimizer.lr", "train.recompute", "there is no checkpoint folder"),
+        typed=("optimizer.lr=-1", "train.recompute=some", "model.path=nowhere"),
+    ),
+    "more tensor parallelism than processes": Mistake(
+        ("parallel.tp=2 needs at least 2 processes, and there is 1",), typed=("parallel.tp=2",)
+    ),
+    "tp that does not divide the heads": Mistake(("parallel.tp=3", "8"), typed=("parallel.tp=3",)),
+    "sequence parallelism without tp": Mistake(("sequence_parallel",), typed=("parallel.sequence_parallel=true",)),
+    "no model folder": Mistake(("there is no checkpoint folder",), remove("start")),
+    "an empty model folder": Mistake(("is empty",), empty("start")),
+    "a Hugging Face folder as the model": Mistake(("convert_from_hf.py",), typed=("model.path={0}/hf",)),
+    "a checkpoint not written to the end": Mistake(("not written to the end",), remove("start/complete")),
+    "a damaged model description": Mistake(("model.json",), truncate("start/model.json")),
+    "a description of another version": Mistake(
+        ("format version 99",), edit_json("start/model.json", format_version=99)
+    ),
+    "a description without a size": Mistake(("model.json", "damaged"), edit_json("start/model.json", memory={})),
+    "weights of another hidden size": Mistake(
+        ("of other sizes",), edit_json("start/model.json", architecture__hidden_size=128)
+    ),
+    "weights of fewer layers": Mistake(("of other sizes",), edit_json("start/model.json", architecture__num_layers=2)),
+    "truncated weights": Mistake(("weights cannot be loaded",), truncate("start/weights/*.distcp")),
+    "missing weights": Mistake(("weights",), remove("start/weights")),
+    "heads that groups do not divide": Mistake(
+        ("num_query_groups=3", "num_attention_heads=8"),
+        edit_json("start/model.json", architecture__num_query_groups=3),
+    ),
+    "no data folder": Mistake(("data",), remove("data")),
+    "an empty data folder": Mistake(("data",), empty("data")),
+    "a truncated shard": Mistake(("shard",), truncate("data/*.tar")),
+    "a missing shard": Mistake(("missing",), lambda folder: next((folder / "data").glob("*.tar")).unlink()),
+    "data of another tokenizer": Mistake(
+        ("tokenizer of 5000 ids", "200"), edit_json("data/manifest.json", vocab_size=5000)
+    ),
+    "an output folder that is not empty": Mistake(("is not empty",), write("run/notes.txt", "mine")),
+    "an output folder that holds a run": Mistake(("--resume",), typed=("train.output={0}/finished",)),
+    "nothing to resume": Mistake(("nothing to resume",), typed=("--resume",)),
+    "a run that is over": Mistake(
+        ("done 2 steps already",), typed=("--resume", "train.output={0}/finished", "train.steps=2")
+    ),
+    "resume with a model of other memory": Mistake(
+        ("another model", "global_beacon_ids"),
+        typed=("--resume", "train.output={0}/finished", "model.path={0}/other"),
+    ),
+    "resume with another part trained": Mistake(
+        ("train.trainable=all",), typed=("--resume", "train.output={0}/finished", "train.trainable=memory")
+    ),
+    "evaluation without held-out data": Mistake(("data.eval",), typed=("train.eval_every=2",)),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_training_refuses(name, place, pool):
+    mistake = TRAIN[name]
+    mistake.spoil(place)
+    config = write_config(place / "c.yaml", place)
+    before = listing(place)
+    typed = [t.format(place) for t in mistake.typed]
+    assert_refused(pool(1).run(run_command, "--config", str(config), *typed)[0], mistake.says)
+    assert listing(place) == before
+
+
+def test_all_problems_of_a_config_come_with_the_lines_they_stand_on(place, pool):
+    config = write_config(place / "c.yaml", place, optimizer={"lr": -1.0, "warmup": 3}, parallel={"tp": 0})
+    result = pool(1).run(run_command, "--config", str(config))[0]
+    assert_refused(result, ("optimizer.warmup", "optimizer.warmup_steps"))
+    del_config = yaml.safe_load(config.read_text())
+    del del_config["optimizer"]["warmup"]
+    config.write_text(yaml.safe_dump(del_config))
+    number = next(i for i, line in enumerate(config.read_text().splitlines(), 1) if "lr:" in line)
+    result = pool(1).run(run_command, "--config", str(config))[0]
+    assert_refused(result, ("2 problems", f"c.yaml:{number}", "parallel.tp"))
+
+
+def test_every_rank_stops_and_one_speaks(place, pool):
+    config = write_config(place / "c.yaml", place)
+    results = pool(2).run(run_command, "--config", str(config), "parallel.tp=4")
+    assert [code for code, _, _ in results] == [2, 2]
+    assert [bool(err) for _, _, err in results] == [True, False]
+
+
+SIZES = ("--chunk-size", "32", "--global-slots", "4", "--stride", "8", "--budget", "12")
+IMPORT = {
+    "no model folder": Mistake(("there is no model folder",), remove("hf")),
+    "an empty model folder": Mistake(("is empty",), empty("hf")),
+    "no config": Mistake(("config.json",), remove("hf/config.json")),
+    "a config that is not JSON": Mistake(("not JSON", "config.json"), write("hf/config.json", "{")),
+    "another architecture": Mistake(("'llama'", "known: qwen3"), edit_json("hf/config.json", model_type="llama")),
+    "a config without sizes": Mistake(("num_hidden_layers",), edit_json("hf/config.json", num_hidden_layers=None)),
+    "scaled rotary positions": Mistake(
+        ("rope type 'yarn'",), edit_json("hf/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e6})
+    ),
+    "heads that groups do not divide": Mistake(
+        ("num_query_groups=3", "num_attention_heads=4"), edit_json("hf/config.json", num_key_value_heads=3)
+    ),
+    "no weights": Mistake(("no *.safetensors",), remove("hf/model.safetensors")),
+    "truncated safetensors": Mistake(("truncated", "model.safetensors"), truncate("hf/*.safetensors")),
+    "a missing tensor": Mistake(
+        ("model.layers.0.mlp.up_proj.weight is missing",),
+        edit_weights(lambda t: t.pop("model.layers.0.mlp.up_proj.weight")),
+    ),
+    "an unknown tensor": Mistake(
+        ("model.extra is unknown",), edit_weights(lambda t: t.update({"model.extra": torch.zeros(1)}))
+    ),
+    "a tensor of another shape": Mistake(
+        ("model.norm.weight has shape (3,), not (32,)",),
+        edit_weights(lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
+    ),
+    "more layers in the config than weights": Mistake(
+        ("model.layers.1.", "is missing"), edit_json("hf/config.json", num_hidden_layers=2)
+    ),
+    "an index that names a missing file": Mistake(
+        ("gone.safetensors",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}')
+    ),
+    "an index that leaves the folder": Mistake(
+        ("outside",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}')
+    ),
+    "no tokenizer": Mistake(("tokenizer",), lambda folder: [p.unlink() for p in (folder / "hf").glob("token*")]),
+    "a damaged tokenizer": Mistake(("tokenizer",), truncate("hf/tokenizer.json")),
+    "a stride that does not divide the chunk": Mistake(("stride=7", "chunk_size=32"), typed=("--stride", "7")),
+    "a chunk of nothing": Mistake(("chunk_size=0",), typed=("--chunk-size", "0")),
+    "a negative number of slots": Mistake(("global-slots",), typed=("--global-slots", "-1")),
+    "more positions than the model has": Mistake(("256",), typed=("--chunk-size", "1024")),
+    "an output folder that is not empty": Mistake(("not empty",), write("out/notes.txt", "mine")),
+}
+
+
+@pytest.mark.parametrize("name", IMPORT)
+def test_import_refuses(name, place, pool):
+    mistake = IMPORT[name]
+    mistake.spoil(place)
+    before = listing(place)
+    typed = ["--hf", str(place / "hf"), "--output", str(place / "out"), *SIZES, *mistake.typed]
+    assert_refused(pool(1).run(run_tool, "convert_from_hf", typed)[0], mistake.says)
+    assert listing(place) == before
+
+
+def save_small_tokenizer(folder: Path) -> None:
+    """A tokenizer with fewer tokens than the tiny model."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(97 + i): i for i in range(20)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
+
+
+EXPORT = {
+    "no checkpoint": Mistake(("there is no checkpoint folder",), remove("start")),
+    "an empty folder": Mistake(("is empty",), empty("start")),
+    "a checkpoint not written to the end": Mistake(("not written to the end",), remove("start/complete")),
+    "no tokenizer in the checkpoint": Mistake(("tokenizer",), nothing),  # the tiny start has an empty one
+    "truncated weights": Mistake(("weights cannot be",), truncate("start/weights/*.distcp")),
+    "weights of another size": Mistake(
+        ("of other sizes",), edit_json("start/model.json", architecture__ffn_hidden_size=64)
+    ),
+    "an output folder that is not empty": Mistake(("not empty",), write("out/notes.txt", "mine")),
+}
+
+
+@pytest.mark.parametrize("name", EXPORT)
+def test_export_refuses(name, place, pool):
+    mistake = EXPORT[name]
+    if name != "no tokenizer in the checkpoint" and (place / "start").exists():
+        save_small_tokenizer(place / "start" / "tokenizer")
+    mistake.spoil(place)
+    before = listing(place)
+    typed = ["--checkpoint", str(place / "start"), "--output", str(place / "out")]
+    assert_refused(pool(1).run(run_tool, "convert_to_hf", typed)[0], mistake.says)
+    assert listing(place) == before
+
+
+def test_generate_refuses_a_folder_without_a_model(place, pool):
+    result = pool(1).run(run_tool, "generate", ["--model", str(place), "--prompt", "x"])[0]
+    assert_refused(result, ("no exported model", "convert_to_hf.py"))
