@@ -39,7 +39,7 @@ EXTRAS = {
 setup(
     name="comet-megatron",
     version=VERSION,
-    description="CoMeT (Collaborative Memory Transformer) on Megatron-Core: train language models on very long contexts",
+    description="CoMeT (Collaborative Memory Transformer) on Megatron-Core: language models on very long contexts",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -113,7 +113,15 @@ def _reason(error: BaseException) -> str:
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder / WEIGHTS))
-    except (CheckpointingException, CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (
+        CheckpointingException,
+        CheckpointException,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = _reason(error)

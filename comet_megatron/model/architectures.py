@@ -27,8 +27,8 @@ def build_transformer_config(
     """Megatron's config of one pipeline stage.
 
     Weights are always loaded, so nothing is drawn; but Megatron's initialisation runs, as it is what marks a weight as
-    tensor-parallel (without the mark its gradient's norm is counted on one rank only). Gradient accumulation fusion stays off: the K/V prefix uses a
-    slice of linear_qkv's weight, whose gradient Megatron's hook would then drop.
+    tensor-parallel (without the mark its gradient's norm is counted on one rank only). Gradient accumulation fusion
+    stays off: the K/V prefix uses a slice of linear_qkv's weight, whose gradient Megatron's hook would then drop.
 
     Args:
         precision: "fp32" or "bf16".

@@ -335,7 +335,7 @@ def test_evaluation_and_metrics_are_written(tmp_path, pool):
         "speed/peak_memory_gib",
         "memory_gate_mean/layer_01",
         "memory_state_norm/layer_00",
-        "loss_by_chunk/chunk_004",
+        "loss_by_chunk/chunk_0004",
         "eval/loss",
     }
     assert [e.step for e in events.Scalars("eval/loss")] == [0, 2, 4]

@@ -319,8 +319,9 @@ def test_import_refuses(name, place, pool):
 
 def save_small_tokenizer(folder: Path) -> None:
     """A tokenizer with fewer tokens than the tiny model."""
-    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models
 
     vocabulary = {chr(97 + i): i for i in range(20)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -70,7 +70,7 @@ def test_the_slots_entering_a_chunk_are_what_the_chunks_before_wrote_within_the_
 
 
 def test_the_sizes_of_a_known_case():
-    """160 tokens, S 32, stride 4, G 8, B 16: 48, 64, 72, 72 positions (design), and a last chunk without dead beacons."""
+    """160 tokens, S 32, stride 4, G 8, B 16: 48, 64, 72, 72 positions ; a last chunk without dead beacons."""
     plans = plan_chunks(160, sizes())
     assert [p.num_slots + p.num_rows for p in plans[:4]] == [48, 64, 72, 72]
     assert plans[4].num_slots + plans[4].num_rows == 72 - 8 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +33,7 @@ class TensorBoard(Callback):
             "speed/step_seconds": record.seconds,
             "speed/peak_memory_gib": record.peak_memory_bytes / 2**30,
         }
-        scalars |= {f"loss_by_chunk/chunk_{i:03d}": loss for i, loss in enumerate(result.chunk_losses)}
+        scalars |= {f"loss_by_chunk/{name}": loss for name, loss in group_by_chunk(result.chunk_losses).items()}
         scalars |= {f"memory_gate_mean/layer_{i:02d}": gate for i, gate in enumerate(result.gate_means)}
         scalars |= {f"memory_state_norm/layer_{i:02d}": norm for i, norm in enumerate(result.state_norms)}
         self._write(scalars, record.step)
@@ -42,9 +43,22 @@ class TensorBoard(Callback):
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
-            if not math.isnan(value):  # no sequence had a label there
-                self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def group_by_chunk(losses: Sequence[float]) -> dict[str, float]:
+    """Loss by chunk index: the first 16 chunks alone, later ones in groups that double, so that curves stay few.
+
+    The mean of a group is over its chunks that have a label.
+    """
+    groups = {f"chunk_{i:04d}": [loss] for i, loss in enumerate(losses[:16])}
+    start = 16
+    while start < len(losses):
+        groups[f"chunks_{start:04d}-{2 * start - 1:04d}"] = list(losses[start : 2 * start])
+        start *= 2
+    known = {name: [v for v in values if not math.isnan(v)] for name, values in groups.items()}
+    return {name: sum(values) / len(values) for name, values in known.items() if values}
