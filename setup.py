@@ -12,6 +12,7 @@ REQUIRES = [
     "torch>=2.6",  # tensors, autograd, torchrun
     "megatron-core>=0.16.1,<0.17",  # tensor parallelism, DDP, ZeRO-1, sharded checkpoints
     "transformers>=4.57,<6",  # Hugging Face models and tokenizers, in and out
+    "huggingface-hub>=0.34",  # writes safetensors in files of bounded size with an index
     "safetensors>=0.5",  # weights of Hugging Face folders; never pickle
     "sentencepiece>=0.2",  # training tokenizers
     "tokenizers>=0.22",  # what a trained tokenizer is exported to

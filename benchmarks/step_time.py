@@ -4,12 +4,12 @@ python benchmarks/step_time.py             all figures; exits 1 if one misses it
 python benchmarks/step_time.py --quick     fewer repetitions
 python benchmarks/step_time.py --report    only print
 
-Same weights, same tokens, same SDPA kernel, fp32, 2 threads. (a) train_sequence at TP 1; (b) memory slots computed in full
-at every layer and the head on every row, in one graph, as the authors do; (c) plain full attention without memory. Times
-are medians of alternating runs in this process; ratios are medians of the ratios of neighbouring runs. Peak memory is
-the high-water mark of the resident set of a process of its own, above what it held before the run (Linux).
-FLOPs are counted from the shapes of the matrix products really made: 2 * m * n * k forward, twice that backward; attention
-counts the causal half where the kernel skips the other. (b) is first held against the authors' golden data.
+Same weights, same tokens, same attention kernel, fp32, 2 threads. (a) train_sequence at TP 1; (b) memory slots computed
+in full at every layer and the head on every row, in one graph, as the authors do; (c) plain full attention without
+memory. Times are medians of alternating runs in this process; ratios are medians of the ratios of neighbouring runs. Peak
+memory is the high-water mark of the resident set of a process of its own, above what it held before the run (Linux).
+FLOPs are counted from the shapes of the matrix products really made: 2 * m * n * k forward, twice that backward;
+attention counts the causal half where the kernel skips the other. (b) is first held against the authors' golden data.
 """
 
 from __future__ import annotations
@@ -108,7 +108,11 @@ def build_paths(stage: CometStage) -> dict[str, Callable[[np.ndarray, np.ndarray
 def count_flops(path: str, tokens: int) -> float:
     """FLOPs of forward and backward, matrix products only."""
     a, plans = ARCHITECTURE, plan_chunks(tokens, MEMORY, keep_last_memory=path == "b")
-    hidden, heads_width, groups_width = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    hidden, heads_width, groups_width = (
+        a.hidden_size,
+        a.num_attention_heads * a.head_dim,
+        a.num_query_groups * a.head_dim,
+    )
     per_row = 2 * (hidden * (2 * heads_width + 2 * groups_width) + 3 * hidden * a.ffn_hidden_size)
     per_slot = 2 * hidden * 2 * groups_width
     per_pair = 4 * heads_width
@@ -290,7 +294,8 @@ def compare_paths(stage: CometStage, report: Report, *, repetitions: int) -> Non
 def compare_lengths(stage: CometStage, report: Report, *, repetitions: int) -> None:
     """(a) with recomputation at 8,192 and 32,768 tokens."""
     run = build_paths(stage)["a recompute"]
-    runs = {str(n): (lambda sequence=make_sequence(n): run(*sequence)) for n in (SHORT, LONG)}
+    sequences = {n: make_sequence(n) for n in (SHORT, LONG)}
+    runs = {str(n): (lambda n=n: run(*sequences[n])) for n in (SHORT, LONG)}
     seconds, _ = time_alternating(stage, runs, repetitions)
     short, long = ([s / n for s in seconds[str(n)]] for n in (SHORT, LONG))
     peaks = {n: peak_in_fresh_process("a recompute", n) for n in (SHORT, LONG)}

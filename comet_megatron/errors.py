@@ -27,6 +27,14 @@ class CometError(Exception):
         advice = f"\n  {way_out}" if way_out else ""
         super().__init__(f"{what}{place}{advice}")
 
+    def __reduce__(self) -> tuple:
+        """Errors travel between ranks."""
+        return _rebuild, (type(self), self.what, self.where, self.way_out)
+
+
+def _rebuild(kind: type[CometError], what: str, where: str, way_out: str) -> CometError:
+    return kind(what, where=where, way_out=way_out)
+
 
 class ConfigError(CometError):
     """The configuration, the command line or the layout is wrong. Holds all problems at once."""
@@ -75,7 +83,7 @@ def report_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except CometError as error:
             sys.stdout.flush()
-            if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "this_rank_only", False):
+            if int(os.environ.get("RANK", "0")) == 0:
                 print(f"{error.kind}: {error}", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
 

@@ -11,6 +11,24 @@ from pathlib import Path
 from comet_megatron.errors import OutputError
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise OutputError(
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(folder),
+            way_out="choose a folder that you may write to",
+        ) from error
+
+
 def check_is_new(output_dir: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder that may be written.
 
@@ -40,15 +58,7 @@ def new_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = check_is_new(output_dir)
     temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(
-            f"the output folder cannot be made: {error.strerror}",
-            where=str(output_dir),
-            way_out="choose a folder that you may write to",
-        ) from error
+    make_folder(temporary)
     try:
         yield temporary
         check_is_new(target)  # somebody may have filled it meanwhile

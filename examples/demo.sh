@@ -10,6 +10,7 @@ RUN=${RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 NPROC=${NPROC:-2}
 TOKENIZER=tokenizers/python_stdlib_4k
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export CUDA_VISIBLE_DEVICES=  # the demo runs on CPU
 
 step() {
   printf '\n== %s\n' "$1"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests run on CPU, wherever they run
 
 from comet_megatron.testing.distributed import ProcessPool  # noqa: E402
 

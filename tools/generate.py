@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comet_megatron.backend.quiet import quiet_libraries
-from comet_megatron.errors import CheckpointError, DataError, report_user_errors
+from comet_megatron.errors import CheckpointError, ConfigError, DataError, report_user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{given.model} is no exported model: it has no config.json",
             way_out="export one: python tools/convert_to_hf.py --checkpoint DIR --output DIR",
         )
+    for wrong, option, value, must in (
+        (given.max_new_tokens < 1, "--max-new-tokens", given.max_new_tokens, "1 or more"),
+        (not given.temperature >= 0, "--temperature", given.temperature, "0 or more"),
+        (not 0 < given.top_p <= 1, "--top-p", given.top_p, "above 0 and at most 1"),
+    ):
+        if wrong:
+            raise ConfigError(f"{option} {value} must be {must}")
     prompt = given.prompt
     if given.prompt_file is not None:
         try:
@@ -48,10 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise DataError("the prompt is empty", way_out="give at least one character")
     quiet_libraries()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoModelForCausalLM, TextStreamer
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=True).eval()
+    from comet_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(given.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(given.model, trust_remote_code=True).eval()
+    except Exception as error:  # whatever is wrong in the folder, transformers has an exception of its own for it
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the model cannot be loaded: {type(error).__name__} {reason}",
+            where=str(given.model),
+            way_out="export it again: python tools/convert_to_hf.py --checkpoint DIR --output DIR",
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
     sampling = {}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from comet_megatron.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -26,10 +28,18 @@ class Device:
 def select_device(local_rank: int) -> Device:
     """CUDA where there is a device, else CPU; prepares Megatron-Core for what was chosen.
 
+    Raises:
+        ConfigError: more processes than GPUs.
+
     Args:
         local_rank: rank of this process on its machine.
     """
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                way_out="start as many processes as there are GPUs, or run on CPU with CUDA_VISIBLE_DEVICES=",
+            )
         torch.cuda.set_device(local_rank)
         return Device("cuda", torch.device("cuda", local_rank), "nccl")
     from comet_megatron.backend.cpu import run_megatron_on_cpu

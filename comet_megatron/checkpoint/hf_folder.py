@@ -59,9 +59,12 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
         raise CheckpointError(
             f"architecture {family!r} is not supported", where=where, way_out=f"known: {', '.join(KNOWN_FAMILIES)}"
         )
-    if missing := [key for key in _SIZES if not isinstance(config.get(key), int)]:
-        raise CheckpointError(f"sizes are missing: {', '.join(missing)}", where=where, way_out="copy the model again")
+    if missing := [key for key in _SIZES if not isinstance(config.get(key), int) or config[key] < 1]:
+        what = f"sizes are missing or no positive numbers: {', '.join(missing)}"
+        raise CheckpointError(what, where=where, way_out="copy the model again")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"rotary settings {rope!r} are not supported", where=where, way_out="use another model")
     kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = [
         f"{name} {value!r}"
@@ -85,11 +88,11 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
         num_query_groups=config["num_key_value_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(config.get("rms_norm_eps") or 1e-6),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
-        max_positions=int(config.get("max_position_embeddings", 32768)),
+        init_std=float(config.get("initializer_range") or 0.02),
+        max_positions=int(config.get("max_position_embeddings") or 32768),
     )
 
 

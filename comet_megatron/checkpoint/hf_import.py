@@ -17,7 +17,7 @@ from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.sharded import save_checkpoint
 from comet_megatron.config.rules import check_architecture, check_memory_sizes, check_stride_divides, require
 from comet_megatron.config.schema import Architecture, MemorySizes
-from comet_megatron.data.tokenizer import load_tokenizer
+from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.errors import CheckpointError, ConfigError
 from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.layout import Layout
@@ -64,6 +64,7 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
     with HfTensors(source) as tensors:
         check_tensors(tensors, backbone)
     tokenizer = load_tokenizer(source)
+    text_tokenizer = tokenizer_fingerprint(tokenizer)
     memory = add_tokens(tokenizer, asked, where=str(source))
     rows = max(backbone.vocab_size, len(tokenizer))
     architecture = replace(backbone, vocab_size=-(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
@@ -76,7 +77,7 @@ def import_hf(source: Path, output: Path, asked: AskedMemory, layout: Layout, *,
         torch.manual_seed(seed)
         stage = build_stage(architecture, memory, layout.groups, precision=precision)
         fill_from_backbone(stage, tensors, backbone)
-    description = ModelDescription(architecture, memory, hf_config)
+    description = ModelDescription(architecture, memory, hf_config, text_tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
         save_checkpoint(output, stage, layout, description=description, tokenizer=Path(folder))

@@ -11,7 +11,7 @@ FOLDER/
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ class ModelDescription:
 
     Attributes:
         hf_config: config.json of the Hugging Face model that the backbone came from.
+        text_tokenizer: fingerprint of the tokenizer that makes text ids, before CoMeT's tokens were added.
     """
 
     architecture: Architecture
     memory: MemorySizes
     hf_config: dict[str, Any]
+    text_tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class Progress:
     """How far a training run is.
 
     Attributes:
-        step: optimizer steps done; with the data seed it says which samples come next.
-        text_tokens: seen in training.
-        trainable: what was trained (train.trainable); another choice has another optimizer state.
+        step: optimizer steps done; with what follows it says which samples come next.
+        data_fingerprint, data_seed, global_batch_size: of the samples' order.
+        trainable, zero1: of the optimizer's state.
     """
 
     step: int
-    text_tokens: int
+    data_fingerprint: str
+    data_seed: int
+    global_batch_size: int
     trainable: str
+    zero1: bool
 
 
 def write_description(folder: Path, description: ModelDescription) -> None:
@@ -101,6 +106,7 @@ def read_description(folder: Path) -> ModelDescription:
             architecture=from_dict(Architecture, content["architecture"]),
             memory=from_dict(MemorySizes, content["memory"]),
             hf_config=content["hf_config"],
+            text_tokenizer=content["text_tokenizer"],
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -145,8 +151,3 @@ def differences(found: ModelDescription, expected: ModelDescription) -> list[str
         ours, theirs = to_dict(getattr(found, part)), to_dict(getattr(expected, part))
         pairs += [f"{part}.{key} {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
     return pairs
-
-
-def with_vocabulary(architecture: Architecture, vocab_size: int) -> Architecture:
-    """The same backbone with another number of token ids."""
-    return replace(architecture, vocab_size=vocab_size)

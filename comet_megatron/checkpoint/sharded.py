@@ -26,8 +26,9 @@ from comet_megatron.checkpoint.model_folder import (
     write_description,
     write_progress,
 )
-from comet_megatron.errors import CheckpointError
+from comet_megatron.errors import CheckpointError, OutputError
 from comet_megatron.model.stage import CometStage
+from comet_megatron.new_folder import make_folder
 from comet_megatron.parallel.layout import Layout
 
 
@@ -51,10 +52,19 @@ def save_checkpoint(
     temporary = folder.with_name(f".{folder.name}.unfinished")
     if layout.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / WEIGHTS).mkdir(parents=True)
+        make_folder(temporary / WEIGHTS)
     dist.barrier()
     state = _sharded_state(stage, optimizer, layout, is_loading=False)
-    dist_checkpointing.save(state, str(temporary / WEIGHTS))
+    try:
+        dist_checkpointing.save(state, str(temporary / WEIGHTS))
+    except (CheckpointException, OSError) as error:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"the checkpoint cannot be written: {_reason(error)}",
+            where=str(folder),
+            way_out="free space on the disk; the checkpoint before it is whole",
+        ) from error
     if layout.is_main:
         write_description(temporary, description)
         if progress is not None:
@@ -106,7 +116,7 @@ def _reason(error: BaseException) -> str:
     """One line of what went wrong; torch puts the tracebacks of all ranks into the text."""
     if isinstance(error, CheckpointException):
         inner = next(iter(error.failures.values()))[0]
-        return f"{type(inner).__name__} {inner}".strip()
+        return f"{type(inner).__name__} {' '.join(str(inner).split())[:300]}".strip()
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

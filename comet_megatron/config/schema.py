@@ -60,7 +60,7 @@ class TrainSection:
 @dataclass(frozen=True)
 class LoggingSection:
     tensorboard: bool = True
-    log_every: int = 1  # steps
+    log_every: int = 1  # steps between lines on stdout; the log file has every step
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,18 @@ class MemorySizes:
         return range(self.first_new_id, self.first_new_id + 2 + self.global_slots)
 
 
+_JSON_TYPES = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+
+
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """Build a dataclass from JSON data, ignoring nothing: an unknown or missing key is a TypeError."""
+    """Build a dataclass from JSON data, ignoring nothing: an unknown or missing key or a wrong type is a TypeError."""
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(values) - known):
         raise TypeError(f"unknown keys {unknown} for {kind.__name__}")
+    for f in fields(kind):
+        wanted = _JSON_TYPES.get(str(f.type))
+        if wanted and f.name in values and type(values[f.name]) not in wanted:
+            raise TypeError(f"{f.name}={values[f.name]!r} is no {f.type}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -1,6 +1,6 @@
 """A chunk's plan as tensors on the device: ids, labels, and where rows are found on a tensor-parallel rank.
 
-Everything is computed on the host from numbers, so that building it never waits for the device.
+Everything is computed on the host from numbers: nothing is read back from the device.
 """
 
 from __future__ import annotations

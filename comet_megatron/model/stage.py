@@ -256,6 +256,8 @@ class CometStage(MegatronModule):
             states.update(self.embedding.sharded_state_dict(f"{prefix}embedding.", sharded_offsets, metadata))
         if self.output_layer is not None and not self.share_embeddings_and_output_weights:
             states.update(self.output_layer.sharded_state_dict(f"{prefix}output_layer.", sharded_offsets, metadata))
+            # as the embedding: another tensor-parallel size pads the vocabulary to another size
+            states[f"{prefix}output_layer.weight"].allow_shape_mismatch = True
         if self.new_rows is not None:
             new_rows = make_sharded_tensors_for_checkpoint(
                 {self.NEW_ROWS: self.new_rows},

@@ -66,7 +66,7 @@ def write_start(
     load_hf_tensors(stage, oracle_tensors(build_oracle(architecture, memory)))
     tokenizer = folder.parent / f"{folder.name}_tokenizer"
     tokenizer.mkdir()
-    description = ModelDescription(architecture, memory, {"model_type": "qwen3", "eos_token_id": 0})
+    description = ModelDescription(architecture, memory, {"model_type": "qwen3", "eos_token_id": 0}, "none")
     save_checkpoint(folder, stage, layout, description=description, tokenizer=tokenizer)
 
 

@@ -10,13 +10,14 @@ from comet_megatron.checkpoint.sharded import load_training_state, load_weights
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.model.build import build_stage
+from comet_megatron.new_folder import make_folder
 from comet_megatron.parallel.layout import build_layout
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
 from comet_megatron.train.callbacks.tensorboard import TensorBoard
-from comet_megatron.train.optimizer import build_optimizer, build_schedule, wrap_in_ddp
+from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings, wrap_in_ddp
 from comet_megatron.train.records import Callback
 from comet_megatron.train.trainer import Trainer
 
@@ -36,6 +37,8 @@ def build_trainer(
     Args:
         start: checkpoint to load; with `resume` one of the run itself.
     """
+    if process.rank == 0:
+        make_folder(Path(config.train.output))  # before minutes are spent on loading
     device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
@@ -54,9 +57,17 @@ def build_trainer(
         stage.freeze_backbone()
     model = wrap_in_ddp(stage, zero1=config.parallel.zero1)
     optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
-    progress = Progress(0, 0, config.train.trainable)
+    progress = Progress(
+        step=0,
+        data_fingerprint=train_data.manifest.fingerprint,
+        data_seed=config.data.seed,
+        global_batch_size=config.train.global_batch_size,
+        trainable=config.train.trainable,
+        zero1=config.parallel.zero1,
+    )
     if resume:
-        load_training_state(start, stage, optimizer, layout)
+        with keep_settings(optimizer):
+            load_training_state(start, stage, optimizer, layout)
         progress = read_progress(start)
     schedule = build_schedule(optimizer, config.optimizer, steps=config.train.steps, steps_done=progress.step)
     trainer = Trainer(
@@ -77,7 +88,6 @@ def build_trainer(
 
 def _build_callbacks(config: Config) -> list[Callback]:
     folder = Path(config.train.output)
-    folder.mkdir(parents=True, exist_ok=True)
     callbacks: list[Callback] = [Curve(folder)]
     if config.logging.tensorboard:
         callbacks.append(TensorBoard(folder / "tensorboard"))

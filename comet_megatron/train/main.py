@@ -17,6 +17,7 @@ from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import (
     TOKENIZER,
     ModelDescription,
+    Progress,
     differences,
     read_description,
     read_progress,
@@ -26,6 +27,7 @@ from comet_megatron.config.load import LoadedConfig, load_config, save_config
 from comet_megatron.config.rules import check_config, check_layout, require
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.errors import CheckpointError, CometError, ConfigError, DataError, report_user_errors
 from comet_megatron.parallel.process import ProcessRank
 
@@ -38,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--resume", action="store_true", help="continue the run in train.output from its last checkpoint"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 @report_user_errors
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = ProcessRank.from_environment()
     start, description = check_before_start(loaded, process, resume=given.resume)
     train_data, eval_data = open_data(loaded.config, description, tokenizer=start / TOKENIZER)
+    if given.resume:
+        check_same_data(read_progress(start), train_data)
     quiet_libraries()
     from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
 
@@ -69,21 +73,22 @@ def check_before_start(loaded: LoadedConfig, process: ProcessRank, *, resume: bo
     """
     config, where = loaded.config, loaded.where
     problems: list[CometError] = list(check_config(config, where=where))
-    run = Path(config.train.output)
-    start, description = Path(config.model.path), None
-    try:
-        description = read_description(start)
-        problems += check_layout(
-            config, description.architecture, description.memory, world_size=process.world_size, where=where
-        )
-    except CometError as error:
-        problems.append(error)
+    run, start = Path(config.train.output), Path(config.model.path)
+    description = None
     try:
         if resume:
             start = newest_checkpoint(run)
-            check_same_run(start, config, description)
+            description = read_description(start)
+            problems += check_same_run(start, config, description)
         else:
             check_is_new_run(run)
+    except CometError as error:
+        problems.append(error)
+    try:
+        description = description or read_description(start)
+        problems += check_layout(
+            config, description.architecture, description.memory, world_size=process.world_size, where=where
+        )
     except CometError as error:
         problems.append(error)
     if len(problems) == 1:
@@ -92,26 +97,39 @@ def check_before_start(loaded: LoadedConfig, process: ProcessRank, *, resume: bo
     return start, description
 
 
-def check_same_run(checkpoint: Path, config: Config, description: ModelDescription | None) -> None:
+def check_same_run(checkpoint: Path, config: Config, description: ModelDescription) -> list[CometError]:
+    """What a resumed run would have otherwise than the run it continues."""
+    progress, problems = read_progress(checkpoint), []
+    origin = Path(config.model.path)
+    if origin.exists() and (other := differences(description, read_description(origin))):
+        what = f"{checkpoint} is of another model than {origin}: {'; '.join(other[:5])}"
+        problems.append(CheckpointError(what, way_out="resume with the model.path the run was started with"))
+    if progress.step >= config.train.steps:
+        what = f"the run has done {progress.step} steps already and train.steps={config.train.steps}"
+        way_out = "raise train.steps, or export its last checkpoint with tools/convert_to_hf.py"
+        problems.append(ConfigError(what, way_out=way_out))
+    for key, was, now in (
+        ("train.trainable", progress.trainable, config.train.trainable),
+        ("parallel.zero1", progress.zero1, config.parallel.zero1),
+        ("train.global_batch_size", progress.global_batch_size, config.train.global_batch_size),
+        ("data.seed", progress.data_seed, config.data.seed),
+    ):
+        if was != now:
+            what = f"the run was started with {key}={was}, not {now}"
+            way_out = "resume with the same; for another, start a new run from its exported model"
+            problems.append(ConfigError(what, way_out=way_out))
+    return problems
+
+
+def check_same_data(progress: Progress, data: ShardDataset) -> None:
     """
     Raises:
-        CheckpointError: the run to resume has a model of other sizes, other trainable parts, or is over.
+        DataError: the run was started with other training data: samples would be skipped or repeated.
     """
-    found, progress = read_description(checkpoint), read_progress(checkpoint)
-    if description is not None and (other := differences(found, description)):
-        raise CheckpointError(
-            f"{checkpoint} is of another model than {config.model.path}: {'; '.join(other[:5])}",
-            way_out="resume with the model.path the run was started with",
-        )
-    if progress.trainable != config.train.trainable:
-        raise CheckpointError(
-            f"the run was started with train.trainable={progress.trainable}, not {config.train.trainable}",
-            way_out="resume with the same, or start a new run from its exported model",
-        )
-    if progress.step >= config.train.steps:
-        raise ConfigError(
-            f"the run has done {progress.step} steps already and train.steps={config.train.steps}",
-            way_out="raise train.steps, or export its last checkpoint with tools/convert_to_hf.py",
+    if data.manifest.fingerprint != progress.data_fingerprint:
+        raise DataError(
+            f"data.train={data.folder} is not the data the run was started with",
+            way_out="resume with the same shards; for others, start a new run from its exported model",
         )
 
 
@@ -123,24 +141,28 @@ def open_data(
     Raises:
         DataError: missing or damaged shards, or shards made with another tokenizer than the model's.
     """
-    opened = [ShardDataset(folder) if folder else None for folder in (config.data.train, config.data.eval)]
-    for key, data in zip(("data.train", "data.eval"), opened, strict=True):
-        if data is not None:
-            check_fits(data, key, description)
-    return opened[0], opened[1] if config.train.eval_every else None
+    train = ShardDataset(config.data.train)
+    check_fits(train, "data.train", description, tokenizer=tokenizer)
+    if not (config.data.eval and config.train.eval_every):
+        return train, None
+    held_out = ShardDataset(config.data.eval)
+    check_fits(held_out, "data.eval", description, tokenizer=tokenizer)
+    return train, held_out
 
 
-def check_fits(data: ShardDataset, key: str, description: ModelDescription) -> None:
+def check_fits(data: ShardDataset, key: str, description: ModelDescription, *, tokenizer: Path) -> None:
     """
     Raises:
-        DataError: no samples, or ids that are not text ids of this model.
+        DataError: no samples, or ids that another tokenizer than the model's made.
     """
     again = "prepare the data again with the model's tokenizer (tools/prepare_data.py)"
     if len(data) == 0:
         raise DataError(f"{key}={data.folder} holds no samples", way_out=again)
-    if data.manifest.vocab_size > description.memory.first_new_id:
+    made_with = data.manifest.tokenizer_fingerprint
+    # The checkpoint's own tokenizer has CoMeT's tokens too; it makes the same text ids.
+    if made_with != description.text_tokenizer and made_with != tokenizer_fingerprint(load_tokenizer(tokenizer)):
         raise DataError(
-            f"{key}={data.folder} was made with a tokenizer of {data.manifest.vocab_size} ids, "
+            f"{key}={data.folder} was made with another tokenizer of {data.manifest.vocab_size} ids, "
             f"the model's text has {description.memory.first_new_id}",
             way_out=again,
         )

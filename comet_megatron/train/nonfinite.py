@@ -17,7 +17,10 @@ from comet_megatron.model.memory import carry_memory
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.layout import Layout
 
-WAY_OUT = "the last checkpoint is intact: lower optimizer.lr or optimizer.memory_lr_mult and go on with --resume"
+WAY_OUT = (
+    "checkpoints written so far are intact: lower optimizer.lr or optimizer.memory_lr_mult, then go on with --resume "
+    "or, without a checkpoint, in a new train.output"
+)
 
 
 def stop_on_nonfinite_loss(

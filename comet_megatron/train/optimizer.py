@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -12,6 +15,8 @@ from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.model.stage import CometStage
 
 MEMORY_NETS = "*_memory_net.*"
+MEMORY_MARK = 2.0  # lr_mult of the memory nets' groups: Megatron only compares it
+_FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "weight_decay")
 
 
 def wrap_in_ddp(stage: CometStage, *, zero1: bool) -> DistributedDataParallel:
@@ -31,8 +36,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the trainable parameters; fp32 master weights under bf16; its state sharded over DP with `zero1`.
 
-    Megatron matches parameter groups after a load by their multipliers alone, so the memory nets' group carries its
-    own lr_mult beside its own learning rates.
+    Megatron matches parameter groups after a load by their multipliers alone, so the memory nets' groups are marked by
+    an lr_mult of their own, whatever their rate: a run may be resumed with another rate.
     """
     stage: CometStage = model.module
     config = OptimizerConfig(
@@ -49,20 +54,18 @@ def build_optimizer(
         use_distributed_optimizer=zero1,
     )
     overrides = get_standard_config_overrides(config)  # no decay on vectors
-    mult = settings.memory_lr_mult
-    if mult != 1.0:
-        overrides[ParamKey(name=MEMORY_NETS)] = {
-            "max_lr": settings.lr * mult,
-            "min_lr": settings.min_lr * mult,
-            "lr_mult": mult,
-        }
+    overrides[ParamKey(name=MEMORY_NETS)] = {
+        "max_lr": settings.lr * settings.memory_lr_mult,
+        "min_lr": settings.min_lr * settings.memory_lr_mult,
+        "lr_mult": MEMORY_MARK,
+    }
     return get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False)
 
 
 def build_schedule(
     optimizer: MegatronOptimizer, settings: OptimizerSection, *, steps: int, steps_done: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine decay to min_lr at `decay_steps`. Step k of a run (from 1) uses the rate at k."""
+    """Linear warm-up, then cosine decay; min_lr right after `decay_steps`. Step k (from 1) uses the rate at k."""
     decay_steps = steps if settings.decay_steps == "auto" else int(settings.decay_steps)
     warmup_steps = min(settings.warmup_steps, decay_steps)
     schedule = OptimizerParamScheduler(
@@ -71,7 +74,7 @@ def build_schedule(
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=warmup_steps,
-        lr_decay_steps=max(decay_steps, warmup_steps + 1),
+        lr_decay_steps=decay_steps + 1,  # so that the last step still trains where min_lr is 0
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
@@ -83,5 +86,19 @@ def build_schedule(
 
 
 def backbone_learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate without the memory nets' multiplier."""
-    return max(group["lr"] / group["lr_mult"] for group in optimizer.param_groups)
+    """The rate of all but the memory nets; of these where nothing else is trained."""
+    groups = optimizer.param_groups
+    return next((group["lr"] for group in groups if group["lr_mult"] != MEMORY_MARK), groups[0]["lr"])
+
+
+@contextmanager
+def keep_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let a load inside bring back the optimizer's state, but not the settings that the config states anew."""
+    kept = {_group_key(g): {k: g[k] for k in _FROM_CONFIG if k in g} for g in optimizer.param_groups}
+    yield
+    for group in optimizer.param_groups:
+        group.update(kept[_group_key(group)])
+
+
+def _group_key(group: dict) -> tuple[float, float]:
+    return group["lr_mult"], group["wd_mult"]

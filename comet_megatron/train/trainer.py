@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -20,6 +21,7 @@ from comet_megatron.checkpoint.sharded import save_checkpoint
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.sampler import plan_batch
+from comet_megatron.errors import DataError
 from comet_megatron.parallel.layout import Layout
 from comet_megatron.train.optimizer import backbone_learning_rate
 from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
@@ -97,10 +99,10 @@ class Trainer:
             num_samples=len(self.train_data),
             seed=self.config.data.seed,
         )
-        sequences = [self.train_data[n] for n in numbers]
+        sequences = self._read(numbers)
         self.schedule.step(increment=1)
         result = train_step(self.model, self.optimizer, sequences, self.layout, settings=self.settings, step=step)
-        self.progress = Progress(step, self.progress.text_tokens + result.text_tokens, self.config.train.trainable)
+        self.progress = replace(self.progress, step=step)
         record = StepRecord(
             step=step,
             result=result,
@@ -109,6 +111,21 @@ class Trainer:
             peak_memory_bytes=self._peak_memory(),
         )
         self._tell("on_step", record)
+
+    def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        """This rank's samples. A sample that one rank cannot read stops all ranks with the same message."""
+        found, problem = [], None
+        try:
+            found = [self.train_data[n] for n in numbers]
+        except DataError as error:
+            problem = error
+        problems: list[DataError | None] = [None] * self.layout.world_size
+        failed = torch.tensor(int(problem is not None), device=self.layout.device.torch_device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if int(failed):
+            dist.all_gather_object(problems, problem)
+            raise next(p for p in problems if p is not None)
+        return found
 
     def _evaluate(self, step: int) -> None:
         count = min(self.config.train.eval_sequences, len(self.eval_data))

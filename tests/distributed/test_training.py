@@ -25,7 +25,7 @@ from comet_megatron.testing.tiny import (
     tiny_sequences,
     whole_tensors,
 )
-from comet_megatron.train.optimizer import build_optimizer, build_schedule, wrap_in_ddp
+from comet_megatron.train.optimizer import MEMORY_MARK, build_optimizer, build_schedule, wrap_in_ddp
 from comet_megatron.train.sequence import BackwardSettings
 from comet_megatron.train.step import train_step
 
@@ -224,10 +224,57 @@ def test_memory_nets_train_at_five_times_the_rate_also_after_a_resume(tmp_path, 
     make_start(tmp_path, pool)
     train(pool, 1, write_config(tmp_path / "c.yaml", tmp_path))
     (groups,) = pool(1).run(learning_rates, checkpoint_folder(tmp_path / "run", 4))
-    assert [(mult, decay) for mult, decay, _ in groups] == [(1.0, 0.0), (1.0, 1.0), (5.0, 0.0), (5.0, 1.0)]
+    assert [(mult, decay) for mult, decay, _ in groups] == [
+        (1.0, 0.0),
+        (1.0, 1.0),
+        (MEMORY_MARK, 0.0),
+        (MEMORY_MARK, 1.0),
+    ]
     backbone = groups[0][2]
     assert backbone == pytest.approx(1e-3, rel=1e-2)
     assert [rate for _, _, rate in groups] == pytest.approx([backbone, backbone, 5 * backbone, 5 * backbone])
+
+
+def log_of(run: Path) -> dict[int, str]:
+    """The log's line of each step."""
+    lines = (line.split(" ", 2)[2] for line in (run / "log.txt").read_text().splitlines() if " loss " in line)
+    return {int(line.split()[1].split("/")[0]): line for line in lines if line.startswith("step ") and " lr " in line}
+
+
+def test_a_resumed_run_takes_its_rates_from_the_config(tmp_path, pool):
+    make_start(tmp_path, pool)
+    config = write_config(tmp_path / "c.yaml", tmp_path, optimizer={"decay_steps": 100})
+    train(pool, 1, config)
+    smaller = ("optimizer.lr=1e-5", "optimizer.memory_lr_mult=1", "train.steps=6")
+    train(pool, 1, config, *smaller, "--resume")
+    lines = log_of(tmp_path / "run")
+    assert sorted(lines) == [1, 2, 3, 4, 5, 6]
+    assert "lr 9.9" in lines[4] and "e-04" in lines[4]
+    assert "lr 9.9" in lines[5] and "e-06" in lines[5]
+    before, after = (pool(1).run(weights_of, checkpoint_folder(tmp_path / "run", n))[0] for n in (4, 6))
+    for name, value in before.items():
+        assert (after[name] - value).abs().max() < 1e-4, name  # two steps of 1e-5, memory nets no faster
+        assert not torch.equal(after[name], value), name
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+def test_a_start_and_a_run_of_one_process_go_on_at_a_tp_that_pads_the_vocabulary_otherwise(
+    tie_embeddings, tmp_path, pool
+):
+    """230 ids are 256 rows at TP1 and 512 at TP4."""
+    make_start(tmp_path, pool, tie_embeddings=tie_embeddings)
+    one = write_config(tmp_path / "1.yaml", tmp_path, optimizer={"decay_steps": 4, "eps": 1e-3})
+    train(pool, 1, one, "train.steps=2")
+    shutil.copytree(tmp_path / "run", tmp_path / "run4")
+    four = ("parallel.tp=4", f"train.output={tmp_path / 'run4'}")
+    train(pool, 4, one, *four, "--resume")
+    train(pool, 1, one, "--resume")
+    fresh = (f"train.output={tmp_path / 'fresh'}", "parallel.tp=4")
+    train(pool, 4, one, *fresh)
+    (want,) = pool(1).run(weights_of, checkpoint_folder(tmp_path / "run", 4))
+    for run in ("run4", "fresh"):
+        (found,) = pool(1).run(weights_of, checkpoint_folder(tmp_path / run, 4))
+        assert all((found[name] - value).abs().max() < 2e-5 for name, value in want.items())
 
 
 def resave(process, tp: int, source: Path, target: Path):

@@ -165,6 +165,23 @@ def edit_weights(change: Callable[[dict], None]) -> Callable[[Path], None]:
     return edit
 
 
+def save_small_tokenizer(folder: Path) -> None:
+    """A tokenizer with fewer tokens than the tiny model."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {chr(97 + i): i for i in range(20)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
+
+
+def other_tokenizer(folder: Path) -> None:
+    """Data that says it was made with a tokenizer which is not the checkpoint's."""
+    save_small_tokenizer(folder / "start" / "tokenizer")
+    edit_json("data/manifest.json", tokenizer_fingerprint="other")(folder)
+
+
 @dataclass(frozen=True)
 class Mistake:
     """What is spoilt, what is typed, what the message must say."""
@@ -211,9 +228,7 @@ TRAIN = {
     "an empty data folder": Mistake(("data",), empty("data")),
     "a truncated shard": Mistake(("shard",), truncate("data/*.tar")),
     "a missing shard": Mistake(("missing",), lambda folder: next((folder / "data").glob("*.tar")).unlink()),
-    "data of another tokenizer": Mistake(
-        ("tokenizer of 5000 ids", "200"), edit_json("data/manifest.json", vocab_size=5000)
-    ),
+    "data of another tokenizer": Mistake(("another tokenizer of 200 ids",), other_tokenizer),
     "an output folder that is not empty": Mistake(("is not empty",), write("run/notes.txt", "mine")),
     "an output folder that holds a run": Mistake(("--resume",), typed=("train.output={0}/finished",)),
     "nothing to resume": Mistake(("nothing to resume",), typed=("--resume",)),
@@ -226,6 +241,23 @@ TRAIN = {
     ),
     "resume with another part trained": Mistake(
         ("train.trainable=all",), typed=("--resume", "train.output={0}/finished", "train.trainable=memory")
+    ),
+    "resume with another batch": Mistake(
+        ("train.global_batch_size=2, not 4", "data.seed=1234, not 5"),
+        typed=("--resume", "train.output={0}/finished", "train.global_batch_size=4", "data.seed=5"),
+    ),
+    "resume with another optimizer form": Mistake(
+        ("parallel.zero1=True, not False",),
+        typed=("--resume", "train.output={0}/finished", "train.steps=9", "parallel.zero1=false"),
+    ),
+    "resume with other data": Mistake(
+        ("not the data the run was started with",),
+        lambda folder: write_data(folder / "data2", tiny_sequences((30, 40), seed=5)),
+        typed=("data.train={0}/data2", "--resume", "train.output={0}/finished", "train.steps=9"),
+    ),
+    "an output below a file": Mistake(("cannot be made",), typed=("train.output={0}/c.yaml/run",)),
+    "a size that is text": Mistake(
+        ("hidden_size='64' is no int",), edit_json("start/model.json", architecture__hidden_size="64")
     ),
     "evaluation without held-out data": Mistake(("data.eval",), typed=("train.eval_every=2",)),
 }
@@ -269,6 +301,9 @@ IMPORT = {
     "a config that is not JSON": Mistake(("not JSON", "config.json"), write("hf/config.json", "{")),
     "another architecture": Mistake(("'llama'", "known: qwen3"), edit_json("hf/config.json", model_type="llama")),
     "a config without sizes": Mistake(("num_hidden_layers",), edit_json("hf/config.json", num_hidden_layers=None)),
+    "sizes of nothing": Mistake(("num_attention_heads",), edit_json("hf/config.json", num_attention_heads=0)),
+    "rotary settings that are a list": Mistake(("rotary settings",), edit_json("hf/config.json", rope_parameters=[1])),
+    "an output below a file": Mistake(("cannot be made",), typed=("--output", "{0}/hf/config.json/out")),
     "scaled rotary positions": Mistake(
         ("rope type 'yarn'",), edit_json("hf/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e6})
     ),
@@ -312,20 +347,10 @@ def test_import_refuses(name, place, pool):
     mistake = IMPORT[name]
     mistake.spoil(place)
     before = listing(place)
-    typed = ["--hf", str(place / "hf"), "--output", str(place / "out"), *SIZES, *mistake.typed]
+    more = [t.format(place) for t in mistake.typed]
+    typed = ["--hf", str(place / "hf"), "--output", str(place / "out"), *SIZES, *more]
     assert_refused(pool(1).run(run_tool, "convert_from_hf", typed)[0], mistake.says)
     assert listing(place) == before
-
-
-def save_small_tokenizer(folder: Path) -> None:
-    """A tokenizer with fewer tokens than the tiny model."""
-    from transformers import PreTrainedTokenizerFast
-
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {chr(97 + i): i for i in range(20)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(folder)
 
 
 EXPORT = {
@@ -353,6 +378,46 @@ def test_export_refuses(name, place, pool):
     assert listing(place) == before
 
 
-def test_generate_refuses_a_folder_without_a_model(place, pool):
-    result = pool(1).run(run_tool, "generate", ["--model", str(place), "--prompt", "x"])[0]
-    assert_refused(result, ("no exported model", "convert_to_hf.py"))
+GENERATE = {
+    "a folder without a model": Mistake(("no exported model", "convert_to_hf.py"), typed=("--model", "{0}")),
+    "truncated weights": Mistake(("cannot be loaded",), truncate("hf/*.safetensors")),
+    "no tokenizer": Mistake(("tokenizer",), lambda folder: [p.unlink() for p in (folder / "hf").glob("token*")]),
+    "no tokens asked for": Mistake(("--max-new-tokens 0",), typed=("--max-new-tokens", "0")),
+    "a negative temperature": Mistake(("--temperature -1.0",), typed=("--temperature", "-1")),
+    "a share above one": Mistake(("--top-p 2.0",), typed=("--top-p", "2")),
+    "an empty prompt": Mistake(("prompt is empty",), typed=("--prompt", "")),
+}
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_generate_refuses(name, place, pool):
+    mistake = GENERATE[name]
+    mistake.spoil(place)
+    typed = ["--model", str(place / "hf"), "--prompt", "x", *(t.format(place) for t in mistake.typed)]
+    assert_refused(pool(1).run(run_tool, "generate", typed)[0], mistake.says)
+
+
+def cut_sample_of_one_rank(process, *arguments: str):
+    """The command on each rank, when only rank 1 cannot read its samples."""
+    from comet_megatron.data.dataset import ShardDataset
+    from comet_megatron.errors import DataError
+
+    read = ShardDataset.__getitem__
+
+    def damaged(self, sample):
+        if process.rank == 1:
+            raise DataError("the sample is damaged", where="shard-000000.tar")
+        return read(self, sample)
+
+    ShardDataset.__getitem__ = damaged
+    try:
+        return run_command(process, *arguments)
+    finally:
+        ShardDataset.__getitem__ = read
+
+
+def test_a_sample_that_only_one_rank_cannot_read_stops_all_with_its_message(place, pool):
+    config = write_config(place / "c.yaml", place)
+    results = pool(2).run(cut_sample_of_one_rank, "--config", str(config))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert_refused(results[0], ("the sample is damaged", "shard-000000.tar"))

@@ -16,7 +16,7 @@ LOG_FILE = "log.txt"
 
 
 def start_logging(folder: Path) -> logging.Logger:
-    """The run's logger: to RUN/log.txt, and to stdout where that is no terminal."""
+    """The run's logger, to RUN/log.txt."""
     logger = logging.getLogger("comet_megatron.run")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -30,10 +30,10 @@ def start_logging(folder: Path) -> logging.Logger:
 
 
 class Progress(Callback):
-    """Writes the log; on a terminal it shows a bar with loss and tokens/s instead of a line a step.
+    """Writes the log, a line a step; on a terminal it shows a bar with loss and tokens/s, else lines.
 
     Args:
-        log_every: steps between lines; the first and the last step always have one.
+        log_every: steps between lines on stdout; the first and the last step always have one.
     """
 
     def __init__(self, logger: logging.Logger, *, log_every: int) -> None:
@@ -48,8 +48,7 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            print_line(text)
 
     def on_start(self, start: RunStart) -> None:
         for line in start.summary:
@@ -69,9 +68,9 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {result.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s", refresh=False)
             self.bar.update(record.step - self.bar.n)
-            self.logger.info(line)
-        elif record.step % self.log_every == 0 or record.step in (1, self.steps):
-            self._say(line)
+        self.logger.info(line)
+        if self.bar is None and (record.step % self.log_every == 0 or record.step in (1, self.steps)):
+            print_line(line)
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:
         self.held_out.append(result.loss)
@@ -97,6 +96,12 @@ class Progress(Callback):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def print_line(text: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _fall(name: str, losses: Sequence[float]) -> str:

@@ -79,18 +79,6 @@ def test_only_rank_0_reports_an_error_that_all_ranks_have(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_an_error_of_one_rank_is_reported_by_that_rank(capsys, monkeypatch):
-    @report_user_errors
-    def main():
-        error = DataError("shard 5 is damaged")
-        error.this_rank_only = True
-        raise error
-
-    monkeypatch.setenv("RANK", "3")
-    assert main() == 2
-    assert "shard 5 is damaged" in capsys.readouterr().err
-
-
 def test_arguments_reach_the_wrapped_command_and_its_name_is_kept():
     @report_user_errors
     def main(code, *, extra):
