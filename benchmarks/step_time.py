@@ -6,8 +6,8 @@ python benchmarks/step_time.py --report    only print
 
 Same weights, same tokens, same attention kernel, fp32, 2 threads. (a) train_sequence at TP 1; (b) memory slots computed
 in full at every layer and the head on every row, in one graph, as the authors do; (c) plain full attention without
-memory. Times are medians of alternating runs in this process; ratios are medians of the ratios of neighbouring runs. Peak
-memory is the high-water mark of the resident set of a process of its own, above what it held before the run (Linux).
+memory. Times are medians of alternating runs in this process; ratios are medians of the ratios of neighbouring runs.
+Peak memory is the high-water mark of the resident set of a process of its own, above what it held before the run (Linux).
 FLOPs are counted from the shapes of the matrix products really made: 2 * m * n * k forward, twice that backward;
 attention counts the causal half where the kernel skips the other. (b) is first held against the authors' golden data.
 """
@@ -276,8 +276,8 @@ def compare_paths(stage: CometStage, report: Report, *, repetitions: int) -> Non
         middle, flops = statistics.median(seconds[name]), count_flops(name, TOKENS)
         rates[name] = flops / middle
         print(
-            f"  {title:<30}{middle:>7.2f}  {spread(seconds[name]):>4.0%}  {flops / 1e12:>6.2f}  {rates[name] / 1e9:>7.0f}"
-            f"  {peaks[name] / 1e6:>8.0f}  {losses[name]:.4f}"
+            f"  {title:<30}{middle:>7.2f}  {spread(seconds[name]):>4.0%}  {flops / 1e12:>6.2f}  "
+            f"{rates[name] / 1e9:>7.0f}  {peaks[name] / 1e6:>8.0f}  {losses[name]:.4f}"
         )
     if abs(losses["a"] - losses["b"]) > 1e-5:
         raise SystemExit("(a) and (b) do not compute the same loss")

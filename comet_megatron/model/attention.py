@@ -14,11 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from comet_megatron.model.prefix_attention_cpu import is_supported, prefix_attention
 from comet_megatron.model.rotary import Rotary
 
 
 class PrefixCoreAttention(MegatronModule):
-    """softmax(QK^T)V with a bottom-right causal mask, on torch's scaled_dot_product_attention."""
+    """softmax(QK^T)V with a bottom-right causal mask, on torch's scaled_dot_product_attention or its CPU kernel."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **kwargs: object) -> None:
         super().__init__(config=config)
@@ -27,6 +28,8 @@ class PrefixCoreAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [n, b, heads, d], key and value [m + n, b, groups, d] -> [n, b, heads * d]."""
         n, b, heads, head_dim = query.shape
+        if is_supported(query):
+            return prefix_attention(query, key, value, self.scale).view(n, b, heads * head_dim)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = heads != key.shape[2]
         if len(key) == n:

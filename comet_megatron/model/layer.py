@@ -9,6 +9,7 @@ from torch import Tensor
 
 from comet_megatron.config.schema import MemorySizes
 from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
+from comet_megatron.model.gated_silu_cpu import gated_silu
 from comet_megatron.model.memory import LayerMemory, WrittenMemory, build_memory_nets
 from comet_megatron.model.rotary import Rotary
 
@@ -47,6 +48,13 @@ class CometLayer(TransformerLayer):
             hidden = add(attended, residual, self.hidden_dropout)
         hidden = self._forward_mlp(hidden)
         return hidden, self.write_memory(hidden, memory, chunk)
+
+    def _forward_mlp(self, hidden: Tensor, **kwargs: object) -> Tensor:
+        """Megatron's MLP behind its norm; on CPU with the gate as one autograd node."""
+        if hidden.device.type != "cpu":
+            return super()._forward_mlp(hidden, **kwargs)
+        gate_up, _ = self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden))
+        return self._forward_post_mlp(self.mlp.linear_fc2(gated_silu(gate_up)), hidden)
 
     def read_memory(self, memory: LayerMemory, dtype: torch.dtype) -> Tensor | None:
         """Normalised slots [m, b, h]: the adapted global state, then the last `budget` temporary slots."""

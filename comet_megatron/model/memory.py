@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comet_megatron.config.schema import MemorySizes
+from comet_megatron.model.norm import rms_norm
 
 GLOBAL_NORM_EPS = 1.1920929e-07  # torch's default eps for fp32, in every dtype
 TEMPORARY_NORM_EPS = 1e-12
@@ -67,7 +68,7 @@ class MemoryNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        return rms_norm(x.float(), self.weight.float(), self.eps)
 
 
 class ResidualAdapter(nn.Module):

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class Rotary(NamedTuple):
     """Cosines and signed sines of positions 0..n-1 in the model's dtype, each [n, 1, 1, head_dim].
 
-    The first half of `sin` is negated, so that applying needs one roll and no concatenation of signs.
+    The first half of `sin` is negated: y = x * cos + (x with its halves swapped) * sin.
     """
 
     cos: Tensor
@@ -23,7 +24,33 @@ class Rotary(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate [n, b, heads, head_dim]."""
-        return x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin
+        return _Rotate.apply(x, self.cos, self.sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """In two passes and without a rolled copy, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out = x * cos
+        for own, other in _halves(x):
+            out[..., own].addcmul_(x[..., other], sin[..., own])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        out = grad * cos
+        for own, other in _halves(grad):
+            out[..., own].addcmul_(grad[..., other], sin[..., other])
+        return out, None, None
+
+
+def _halves(x: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    first, second = slice(x.shape[-1] // 2), slice(x.shape[-1] // 2, None)
+    return (first, second), (second, first)
 
 
 class RotaryTable:
