@@ -7,7 +7,7 @@ python benchmarks/step_time.py --report    only print
 Same weights, same tokens, same attention kernel, fp32, 2 threads. (a) train_sequence at TP 1; (b) memory slots computed
 in full at every layer and the head on every row, in one graph, as the authors do; (c) plain full attention without
 memory. Times are medians of alternating runs in this process; ratios are medians of the ratios of neighbouring runs.
-Peak memory is the high-water mark of the resident set of a process of its own, above what it held before the run (Linux).
+Peak memory is the high-water mark of the resident set of a fresh process, above what it held before the run (Linux).
 FLOPs are counted from the shapes of the matrix products really made: 2 * m * n * k forward, twice that backward;
 attention counts the causal half where the kernel skips the other. (b) is first held against the authors' golden data.
 """
