@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +68,14 @@ def build_layout(process: ProcessRank, device: Device, *, tp: int, seed: int, ti
 
 
 def close_layout() -> None:
-    """Take down Megatron's groups, so that another layout can be built on the same processes."""
+    """Take down Megatron's groups, so that another layout can be built on the same processes.
+
+    Megatron forgets its groups without destroying them; each of gloo's keeps threads and sockets until it is destroyed.
+    """
     if parallel_state.model_parallel_is_initialized():
+        groups = parallel_state._global_process_group_list or ()
         parallel_state.destroy_model_parallel()
+        for group in groups:
+            with contextlib.suppress(ValueError, AssertionError):  # the world, or one that is listed twice
+                if group is not None and group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
