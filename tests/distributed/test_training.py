@@ -359,7 +359,7 @@ def test_evaluation_and_metrics_are_written(tmp_path, pool):
     )
     out, _ = train(pool, 2, config)
     run = tmp_path / "run"
-    assert out.count("held-out loss") == 3
+    assert out.count("  held-out loss ") == 3
     assert {p.name for p in run.iterdir()} >= {
         "log.txt",
         "metrics.jsonl",
