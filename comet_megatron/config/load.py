@@ -215,6 +215,10 @@ class _Collector:
 
 def _convert(node: yaml.Node, hint: Any) -> Any:
     """The value of `node` for a field of type `hint`; ValueError says what was expected."""
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        if not isinstance(node, yaml.SequenceNode):
+            raise ValueError("a list of whole numbers such as [8, 8, 6]")
+        return tuple(_convert(item, get_args(hint)[0]) for item in node.value)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         expected = f"a list of {len(kinds)} numbers such as [{', '.join(['0.9'] * len(kinds))}]"
@@ -230,7 +234,8 @@ def _convert(node: yaml.Node, hint: Any) -> Any:
                 return _convert(node, kind)
             except ValueError:
                 pass
-        raise ValueError("a whole number or a word")
+        listed = any(get_origin(kind) is tuple for kind in get_args(hint))
+        raise ValueError("a list of whole numbers or a word" if listed else "a whole number or a word")
     expected = {str: 'text (write "" for none)', int: "a whole number", float: "a number", bool: "true or false"}[hint]
     if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL:
         raise ValueError(expected)
@@ -281,7 +286,7 @@ def _resolve(
             readable[key] = text
         except (OmegaConfBaseException, RecursionError) as error:
             refuse(key, error)
-    defaults = OmegaConf.to_container(OmegaConf.structured(Config))
+    defaults = {section: {k: _escaped(v) for k, v in own.items()} for section, own in to_dict(Config()).items()}
     plain = {key: _escaped(value) for key, value in values.items()} | readable
     tree = OmegaConf.merge(defaults, _nested(plain))
     for key in readable:

@@ -16,7 +16,11 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    tp: int = 1  # tensor-parallel size; data-parallel size = processes / tp
+    tp: int = 1  # tensor-parallel size
+    pp: int = 1  # pipeline stages; data-parallel size = processes / (tp * pp)
+    layers_per_stage: Union[str, tuple[int, ...]] = "auto"  # auto: so that the stages cost the same; or [8, 8, 6]
+    slack: int = 1  # chunks that a stage runs ahead per stage behind it, beyond what it must: absorbs ragged lengths
+    timeout_s: float = 600.0  # an op or collective that takes longer ends the run, saying who waits for whom
     sequence_parallel: bool = False  # shard the residual stream over tp along the sequence
     zero1: bool = True  # shard the optimizer state over the data-parallel ranks
 
@@ -64,6 +68,12 @@ class LoggingSection:
 
 
 @dataclass(frozen=True)
+class ProfileSection:
+    timeline: bool = False  # record the ops of one step: a picture and a trace under RUN/profile
+    timeline_step: int = 2  # which step; the first one also warms up
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole training run."""
 
@@ -73,6 +83,7 @@ class Config:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     train: TrainSection = field(default_factory=TrainSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    profile: ProfileSection = field(default_factory=ProfileSection)
 
 
 @dataclass(frozen=True)

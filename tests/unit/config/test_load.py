@@ -245,9 +245,25 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(problems):
     assert "did you mean train.steps?" in problems(MINIMAL, "steps=1")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("[5, 5, 1]", (5, 5, 1)), ("[7]", (7,)), ("[]", ()), ("[2.0, 1e1]", (2, 10))]
+)
+def test_a_list_of_whole_numbers_or_a_word(load, text, value):
+    assert load(MINIMAL, f"parallel.layers_per_stage={text}").config.parallel.layers_per_stage == value
+
+
+def test_a_list_of_anything_else_is_refused(problems):
+    message = problems(MINIMAL, "parallel.layers_per_stage=[1, 2.5]")
+    assert "parallel.layers_per_stage=[1, 2.5] is not a list of whole numbers or a word" in message
+
+
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are(problems):
-    assert "parallel has: tp, sequence_parallel, zero1" in problems(MINIMAL, "parallel.qqqq=1")
-    assert "the sections are: model, parallel, data, optimizer, train, logging" in problems(MINIMAL, "qqqq.wwww=1")
+    assert "parallel has: tp, pp, layers_per_stage, slack, timeout_s, sequence_parallel, zero1" in problems(
+        MINIMAL, "parallel.qqqq=1"
+    )
+    assert "the sections are: model, parallel, data, optimizer, train, logging, profile" in problems(
+        MINIMAL, "qqqq.wwww=1"
+    )
 
 
 def test_leading_dashes_of_an_override_are_a_misspelling(problems):
