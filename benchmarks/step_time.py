@@ -36,7 +36,8 @@ from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.model.build import build_stage
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.alone import alone
-from comet_megatron.train.sequence import BackwardSettings, train_sequence
+from comet_megatron.parallel.executor import BackwardSettings
+from comet_megatron.train.sequence import train_sequence
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "caseA"
 THREADS = 2

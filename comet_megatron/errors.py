@@ -20,6 +20,8 @@ class CometError(Exception):
     """
 
     kind = "error"
+    exit_code = USER_ERROR_EXIT_CODE
+    said_by_all = False  # every process knows it, so the main one speaks for all
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
         self.what, self.where, self.way_out = what, where, way_out
@@ -74,6 +76,14 @@ class TrainingError(CometError):
     kind = "training stopped"
 
 
+class PeerError(CometError):
+    """Another process of the run is gone or does not answer; not this process's fault, and known only to some."""
+
+    kind = "run stopped"
+    exit_code = 1
+    said_by_all = True
+
+
 def report_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's main: a CometError becomes one message on stderr and the exit code 2."""
 
@@ -83,8 +93,10 @@ def report_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except CometError as error:
             sys.stdout.flush()
-            if int(os.environ.get("RANK", "0")) == 0:
-                print(f"{error.kind}: {error}", file=sys.stderr, flush=True)
-            return USER_ERROR_EXIT_CODE
+            rank = int(os.environ.get("RANK", "0"))
+            if rank == 0 or error.said_by_all:
+                speaker = f"rank {rank}: " if error.said_by_all else ""
+                print(f"{speaker}{error.kind}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
 
     return wrapped

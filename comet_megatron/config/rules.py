@@ -23,6 +23,8 @@ _CHOICES = {
 # Smallest whole number allowed.
 _AT_LEAST = {
     "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.slack": 0,
     "optimizer.warmup_steps": 0,
     "train.steps": 1,
     "train.global_batch_size": 1,
@@ -31,8 +33,9 @@ _AT_LEAST = {
     "train.eval_every": 0,
     "train.eval_sequences": 1,
     "logging.log_every": 1,
+    "profile.timeline_step": 1,
 }
-_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
+_ABOVE_ZERO = ("parallel.timeout_s", "optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
 _ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad")
 _COUNT_OR_WORD = {"train.bptt_chunks": "all", "train.cpu_threads": "auto", "optimizer.decay_steps": "auto"}
 _NOT_EMPTY = ("model.path", "data.train", "train.output")
@@ -107,6 +110,29 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     if train.eval_every > 0 and not config.data.eval.strip():
         what = f"train.eval_every={train.eval_every} needs held-out shards; set data.eval, or train.eval_every=0"
         problems.append(_problem(what, where, "train.eval_every", "data.eval"))
+    if config.profile.timeline and config.profile.timeline_step > max(train.steps, 1):
+        what = (
+            f"profile.timeline_step={config.profile.timeline_step} comes after the last of train.steps={train.steps}; "
+        )
+        what += f"use {train.steps} or fewer"
+        problems.append(_problem(what, where, "profile.timeline_step", "train.steps"))
+    return problems + _check_layers_per_stage(config, where)
+
+
+def _check_layers_per_stage(config: Config, where: Where) -> list[ConfigError]:
+    """A word or one whole number above 0 for each stage."""
+    key, layers, pp = "parallel.layers_per_stage", config.parallel.layers_per_stage, config.parallel.pp
+    if isinstance(layers, str):
+        what = f"{key}={layers!r} must be auto, or a list of numbers such as [8, 8, 6]"
+        return [] if layers == "auto" else [_problem(what, where, key)]
+    problems = []
+    if len(layers) != pp:
+        stages = "1 stage" if pp == 1 else f"{pp} stages"
+        what = f"{key}={_shown(layers)} is for {len(layers)} stages, and parallel.pp={pp} is {stages}; "
+        problems.append(_problem(what + f"give {pp} number{'s' * (pp > 1)}, or auto", where, key, "parallel.pp"))
+    if any(count < 1 for count in layers):
+        what = f"{key}={_shown(layers)} leaves a stage without a layer; give each 1 or more"
+        problems.append(_problem(what, where, key))
     return problems
 
 
@@ -128,10 +154,40 @@ def check_layout(
     if config.train.trainable == "memory" and memory.global_slots == 0 and memory.stride == -1:
         what = "train.trainable=memory, but the model has no memory; use train.trainable=all"
         problems.append(_problem(what, where, "train.trainable"))
-    tp = config.parallel.tp
-    if tp < 1 or world_size < 1:
-        return problems  # check_config says it of tp; nothing can be divided
-    return problems + _check_tp(tp, architecture, world_size, where) + _check_batch(config, world_size, where)
+    tp, pp = config.parallel.tp, config.parallel.pp
+    if tp < 1 or pp < 1 or world_size < 1:
+        return problems  # check_config says it of tp and pp; nothing can be divided
+    problems += _check_stages(config, architecture, where)
+    if pp > 1:
+        problems += _check_tp(tp, architecture, tp, where) + _check_world(tp, pp, world_size, where)
+    else:
+        problems += _check_tp(tp, architecture, world_size, where)
+    return problems + _check_batch(config, world_size, where)
+
+
+def _check_stages(config: Config, architecture: Architecture, where: Where) -> list[ConfigError]:
+    """Every layer is on one stage, and every stage has one."""
+    pp, layers, given = config.parallel.pp, architecture.num_layers, config.parallel.layers_per_stage
+    key = "parallel.layers_per_stage"
+    if pp > layers >= 1:
+        what = f"parallel.pp={pp} stages are more than the model's {layers} layer{'s' * (layers > 1)}; "
+        return [_problem(what + f"use parallel.pp={layers} or fewer", where, "parallel.pp")]
+    if not isinstance(given, str) and len(given) == pp and sum(given) != layers:
+        what = f"{key}={_shown(given)} are {sum(given)} layers, and the model has {layers}; "
+        return [_problem(what + f"give numbers that add up to {layers}, or auto", where, key)]
+    return []
+
+
+def _check_world(tp: int, pp: int, world_size: int, where: Where) -> list[ConfigError]:
+    """tp * pp divides the processes."""
+    if world_size % (tp * pp) == 0:
+        return []
+    what = f"parallel.tp={tp} x parallel.pp={pp} = {tp * pp} does not divide the {_processes(world_size)}; "
+    below, above = world_size // (tp * pp) * tp * pp, (world_size // (tp * pp) + 1) * tp * pp
+    start = f"start {above} processes" if below == 0 else f"start {below} or {above} processes"
+    fitting = [n for n in _divisors(world_size) if n % tp == 0]
+    other = f", or use parallel.pp={_some([n // tp for n in fitting], near=pp)}" if fitting else ""
+    return [_problem(what + start + other, where, "parallel.pp", "parallel.tp")]
 
 
 def _check_tp(tp: int, architecture: Architecture, world_size: int, where: Where) -> list[ConfigError]:
@@ -159,16 +215,18 @@ def _check_tp(tp: int, architecture: Architecture, world_size: int, where: Where
 
 def _check_batch(config: Config, world_size: int, where: Where) -> list[ConfigError]:
     """Every data-parallel rank gets the same number of sequences."""
-    tp, batch = config.parallel.tp, config.train.global_batch_size
-    dp = world_size // tp
-    if dp == 0 or world_size % tp or batch < 1 or batch % dp == 0:
+    tp, pp, batch = config.parallel.tp, config.parallel.pp, config.train.global_batch_size
+    dp = world_size // (tp * pp)
+    if dp == 0 or world_size % (tp * pp) or batch < 1 or batch % dp == 0:
         return []
+    divided = f"{world_size} processes / parallel.tp={tp}" + (f" / parallel.pp={pp}" if pp > 1 else "")
     fitting = [n for n in (batch // dp * dp, (batch // dp + 1) * dp) if n]
     what = (
         f"train.global_batch_size={batch} cannot be shared evenly by {dp} data-parallel ranks "
-        f"({world_size} processes / parallel.tp={tp}); use {_listed(fitting)}"
+        f"({divided}); use {_listed(fitting)}"
     )
-    return [_problem(what, where, "train.global_batch_size", "parallel.tp")]
+    keys = ("parallel.tp", "parallel.pp") if pp > 1 else ("parallel.tp",)
+    return [_problem(what, where, "train.global_batch_size", *keys)]
 
 
 def check_architecture(architecture: Architecture, *, where: str = "") -> list[ConfigError]:
@@ -285,6 +343,15 @@ def _listed(values: Sequence[object], joint: str = "or") -> str:
     """1, 2 or 4."""
     *most, last = [str(value) for value in values]
     return f"{', '.join(most)} {joint} {last}" if most else last
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    """[5, 5, 1]."""
+    return f"[{', '.join(map(str, numbers))}]"
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _are(processes: int) -> str:

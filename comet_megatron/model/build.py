@@ -1,6 +1,8 @@
-"""Build a whole model on this rank, its weights not yet set."""
+"""Build the stages of a model on this rank, their weights not yet set."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -15,20 +17,31 @@ def build_stage(
     memory: MemorySizes,
     groups: ProcessGroupCollection,
     *,
+    stage: int = 0,
+    layers_per_stage: Sequence[int] = (),
     sequence_parallel: bool = False,
     precision: str = "fp32",
 ) -> CometStage:
-    """A stage of all layers on this rank, its weights not yet set."""
+    """A stage on this rank, its weights not yet set.
+
+    Args:
+        stage: its number in the pipeline.
+        layers_per_stage: of all stages; empty: one stage holds all layers.
+    """
+    split = tuple(layers_per_stage) or (architecture.num_layers,)
+    if sum(split) != architecture.num_layers:
+        raise ValueError(f"{split} layers are not {architecture.num_layers}")
     config = build_transformer_config(
         architecture, tp=groups.tp.size(), sequence_parallel=sequence_parallel, precision=precision
     )
+    first = sum(split[:stage])
     return CometStage(
         config,
         local_layer_spec(qk_norm=config.qk_layernorm),
         architecture,
         memory,
-        layers=range(architecture.num_layers),
-        has_embedding=True,
-        has_head=True,
+        layers=range(first, first + split[stage]),
+        has_embedding=stage == 0,
+        has_head=stage == len(split) - 1,
         pg_collection=groups,
     )

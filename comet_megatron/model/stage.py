@@ -113,11 +113,13 @@ class CometStage(MegatronModule):
         )
         self.padded_vocab_size = padded_vocabulary(architecture.vocab_size, tp=tp)
         # A tied head needs its copy of the embedding also where the embedding itself is on another stage.
+        self.has_embedding, self.has_head = has_embedding, has_head
         self.embedding = None
         if has_embedding or (has_head and architecture.tie_embeddings):
             self.embedding = LanguageModelEmbedding(
                 config, self.padded_vocab_size, 0, position_embedding_type="none", tp_group=pg_collection.tp
             )
+            self._mark_shared(self.embedding.word_embeddings.weight)
         self.new_rows: nn.Parameter | None = None  # see freeze_backbone
         self.decoder = Decoder(
             config,
@@ -154,6 +156,45 @@ class CometStage(MegatronModule):
     def num_layers(self) -> int:
         return len(self.decoder.layers)
 
+    @property
+    def holds_a_copy(self) -> bool:
+        """Its embedding is a tied head's copy of the one on the first stage."""
+        return self.embedding is not None and not self.has_embedding
+
+    def _mark_shared(self, param: nn.Parameter) -> None:
+        """Tell Megatron that a parameter is on two stages: its shards lie alike there, and its norm counts once."""
+        if self.share_embeddings_and_output_weights and self.has_embedding != self.has_head:
+            param.shared_embedding = True
+            param.shared = self.holds_a_copy
+
+    @property
+    def pre_process(self) -> bool:
+        """Megatron's name for it."""
+        return self.has_embedding
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
+        """Megatron's name for what it sums over the first and the last stage: a tied embedding, if it is trained."""
+        weight = None if self.embedding is None else self.embedding.word_embeddings.weight
+        return weight if weight is not None and weight.requires_grad else None
+
+    def shared_parameter(self) -> nn.Parameter | None:
+        """What is on the first and the last stage and gathers a gradient on both: a tied embedding's trained part."""
+        if self.embedding is None or not self.share_embeddings_and_output_weights:
+            return None
+        return self.embedding.word_embeddings.weight if self.new_rows is None else self.new_rows
+
+    def global_names(self) -> dict[str, str]:
+        """Parameter name on this stage -> in the whole model, where layers have other numbers."""
+        first = self.decoder.layer_range.start
+
+        def in_whole_model(name: str) -> str:
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + first)
+            return ".".join(parts)
+
+        return {name: in_whole_model(name) for name, _ in self.named_parameters()}
+
     def freeze_backbone(self) -> None:
         """Leave only the memory nets and the embedding rows of the ids added for CoMeT trainable.
 
@@ -167,6 +208,7 @@ class CometStage(MegatronModule):
             rows = torch.empty(len(self.memory_sizes.new_ids), self.config.hidden_size, dtype=self.config.params_dtype)
             self.new_rows = nn.Parameter(rows.to(self.device))
             self.new_rows.sequence_parallel = self.config.sequence_parallel  # then each rank has a part of its gradient
+            self._mark_shared(self.new_rows)
             self.read_new_rows()
 
     def _own_new_rows(self) -> tuple[Tensor, slice]:
@@ -253,7 +295,11 @@ class CometStage(MegatronModule):
         """Megatron's sharded state of the stage's weights."""
         states = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
         if self.embedding is not None:
-            states.update(self.embedding.sharded_state_dict(f"{prefix}embedding.", sharded_offsets, metadata))
+            states.update(
+                self._second_if_copy(
+                    self.embedding.sharded_state_dict(f"{prefix}embedding.", sharded_offsets, metadata)
+                )
+            )
         if self.output_layer is not None and not self.share_embeddings_and_output_weights:
             states.update(self.output_layer.sharded_state_dict(f"{prefix}output_layer.", sharded_offsets, metadata))
             # as the embedding: another tensor-parallel size pads the vocabulary to another size
@@ -266,5 +312,12 @@ class CometStage(MegatronModule):
                 tp_group=self.tp_group,
                 dp_cp_group=self.pg_collection.dp_cp,
             )
-            states.update(new_rows)
+            states.update(self._second_if_copy(new_rows))
+        return states
+
+    def _second_if_copy(self, states: ShardedStateDict) -> ShardedStateDict:
+        """A tied head's copy is loaded like the embedding, and never the one that is saved."""
+        if self.holds_a_copy:
+            for tensor in states.values():
+                tensor.replica_id = (1, *tensor.replica_id[1:])
         return states

@@ -1,1 +1,1 @@
-"""Who computes what: ranks, process groups, and (with the pipeline) the schedule."""
+"""Who computes what, when and where: layout, process groups, the pipeline's schedule and its execution."""

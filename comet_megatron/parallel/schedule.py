@@ -168,12 +168,14 @@ def plan_schedule(work: Workload, *, slack: int = 1) -> list[list[Op]]:
     Raises:
         ConfigError: slack is below 0.
     """
+    return [plan_stage(work, stage, slack=slack) for stage in stages(work)]
+
+
+def plan_stage(work: Workload, stage: int, *, slack: int = 1) -> list[Op]:
+    """The ops of one stage; see `plan_schedule`."""
     if slack < 0:
         raise ConfigError(f"a schedule's slack of {slack} is below 0; use 0 or more")
-    return [_plan_stage(work, stage, lead=(1 + slack) * (work.num_stages - 1 - stage)) for stage in stages(work)]
-
-
-def _plan_stage(work: Workload, stage: int, *, lead: int) -> list[Op]:
+    lead = (1 + slack) * (work.num_stages - 1 - stage)
     forwards = [Op(Kind.FORWARD, stage, s, t) for s, chunks in enumerate(work.chunks) for t in range(chunks)]
     segments = work.segments
     ops: list[Op] = []

@@ -115,7 +115,7 @@ def replay(op_lists: Sequence[Sequence[Op]], work: Workload, *, cost: Cost, late
 
 
 def _check_ops(op_lists: Sequence[Sequence[Op]], work: Workload) -> None:
-    """Each op once; a list without any backward is one of evaluation."""
+    """Each op once, a stage in one process only; lists without any backward are of evaluation."""
     found = Counter(op for ops in op_lists for op in ops)
     forward_only = all(op.kind is Kind.FORWARD for op in found)
     for stage in range(work.num_stages):
@@ -124,10 +124,13 @@ def _check_ops(op_lists: Sequence[Sequence[Op]], work: Workload) -> None:
                 raise ScheduleError(f"{op} is not in the lists exactly once")
     if found:
         raise ScheduleError(f"{next(iter(found))} is in the lists and not in the work")
+    homes = Counter(stage for ops in op_lists for stage in {op.stage for op in ops})
+    if (split := next((stage for stage, count in homes.items() if count > 1), None)) is not None:
+        raise ScheduleError(f"stage {split} is in the lists of several processes")
 
 
 def lower_bound(work: Workload, *, cost: Cost, latency: float = 0.0) -> float:
-    """No order of the ops of one stage per process can be faster.
+    """No order that begins with the first sequence, one stage per process, can be faster; 0 without work.
 
     A stage starts when the stages before it have done the first chunk, does all its work, and is followed by the
     backward of a first chunk through the stages before it, which its weight gradients may fill. With one segment it
@@ -140,6 +143,8 @@ def lower_bound(work: Workload, *, cost: Cost, latency: float = 0.0) -> float:
     back = (Kind.HIDDEN_GRADIENT,) if work.split_backward else (Kind.BACKWARD,)
     one_segment = len(work.segments) == 1
     bound = 0.0
+    if not work.chunks:
+        return bound
     for stage in range(work.num_stages):
         ops = list(work.ops(stage))
         before, behind = range(stage), range(stage + 1, work.num_stages)

@@ -25,6 +25,7 @@ from comet_megatron.testing.tiny import (
     layout_of,
     load_hf_tensors,
     oracle_tensors,
+    weights,
     whole_tensors,
 )
 from comet_megatron.train.main import main
@@ -88,4 +89,4 @@ def weights_of(process: ProcessRank, checkpoint: Path) -> dict[str, Tensor]:
         description.architecture, description.memory, layout.groups, precision=stored_precision(checkpoint)
     )
     load_weights(checkpoint, stage, layout)
-    return whole_tensors(stage, {n: p.detach() for n, p in stage.named_parameters()})
+    return whole_tensors(stage, weights(stage))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from comet_megatron.backend.device import select_device
@@ -22,6 +21,7 @@ from comet_megatron.hf.modeling_comet import CometForCausalLM
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.train.model import TrainableModel
 
 TEXT_IDS = 200  # text ids of the tiny models; new ids follow
 
@@ -84,13 +84,13 @@ def oracle_tensors(oracle: CometForCausalLM) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in oracle.named_parameters()}
 
 
-_current: list[tuple[int, Layout]] = []
+_current: list[tuple[tuple[int, int], Layout]] = []
 
 
-def layout_of(process: ProcessRank, *, tp: int = 1) -> Layout:
+def layout_of(process: ProcessRank, *, tp: int = 1, pp: int = 1) -> Layout:
     """A layout on the processes of this pool; the last one is kept for the next test."""
-    if not (parallel_state.model_parallel_is_initialized() and _current and _current[0][0] == tp):
-        _current[:] = [(tp, build_layout(process, select_device(process.local_rank), tp=tp, seed=1))]
+    if not (parallel_state.model_parallel_is_initialized() and _current and _current[0][0] == (tp, pp)):
+        _current[:] = [((tp, pp), build_layout(process, select_device(process.local_rank), tp=tp, pp=pp, seed=1))]
     return _current[0][1]
 
 
@@ -103,46 +103,78 @@ def layout_alone() -> Layout:
 
 @torch.no_grad()
 def load_hf_tensors(stage: CometStage, tensors: Mapping[str, Tensor]) -> None:
-    """Set this rank's part of every parameter from whole Hugging Face tensors."""
-    rules = plan_rules(stage.architecture, stage.memory_sizes)
-    whole = to_megatron(rules, tensors)
-    params = dict(stage.named_parameters())
-    assert params.keys() == whole.keys(), params.keys() ^ whole.keys()
-    group = stage.tp_group
-    for rule in rules:
-        part = rule.partition(whole[rule.megatron], rank=group.rank(), size=group.size())
-        params[rule.megatron].copy_(part)
+    """Set this rank's part of every parameter of a stage from whole Hugging Face tensors."""
+    rules = {rule.megatron: rule for rule in plan_rules(stage.architecture, stage.memory_sizes)}
+    whole = to_megatron(list(rules.values()), tensors)
+    names, group = stage.global_names(), stage.tp_group
+    if stage.has_embedding and stage.has_head:
+        assert set(names.values()) == whole.keys(), set(names.values()) ^ whole.keys()
+    for name, param in stage.named_parameters():
+        param.copy_(rules[names[name]].partition(whole[names[name]], rank=group.rank(), size=group.size()))
 
 
-def whole_tensors(stage: CometStage, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's tensors by parameter name -> whole tensors under Hugging Face names, on every rank."""
+def whole_tensors(stages: CometStage | Sequence[CometStage], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's tensors by name in the whole model -> whole tensors under Hugging Face names, on every rank.
+
+    Args:
+        stages: of this process.
+        parts: of a tied embedding with a copy elsewhere, the two must be equal.
+    """
+    stage = stages if isinstance(stages, CometStage) else stages[0]
     rules: Sequence[Rule] = plan_rules(stage.architecture, stage.memory_sizes)
-    group = stage.tp_group
-    whole = {}
+    group, pipeline = stage.tp_group, stage.pg_collection.pp
+    whole: dict[str, Tensor] = {}
     for rule in rules:
-        part = parts[rule.megatron].contiguous()
-        pieces = [torch.empty_like(part) for _ in range(group.size())]
-        dist.all_gather(pieces, part, group=group)
-        whole[rule.megatron] = rule.join(pieces)
+        if rule.megatron in parts:
+            part = parts[rule.megatron].contiguous()
+            pieces = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(pieces, part, group=group)
+            whole[rule.megatron] = rule.join(pieces)
+    if pipeline.size() > 1:
+        of_stages: list[dict[str, Tensor]] = [{}] * pipeline.size()
+        dist.all_gather_object(of_stages, whole, group=pipeline)
+        for other in of_stages:
+            for name, tensor in other.items():
+                assert torch.equal(whole.setdefault(name, tensor), tensor), f"{name} differs between two stages"
     return to_hf(rules, whole)
 
 
-def gradients(stage: CometStage) -> dict[str, Tensor]:
-    """Gradients by parameter name: Megatron's main gradient where DDP made one; zeros where there is none."""
-    found = {}
-    for name, param in stage.named_parameters():
-        grad = getattr(param, "main_grad", None)
-        grad = param.grad if grad is None else grad
-        found[name] = torch.zeros_like(param) if grad is None else grad.detach()
+def weights(stages: CometStage | Sequence[CometStage]) -> dict[str, Tensor]:
+    """Parameters of this process's stages by their name in the whole model."""
+    return _by_global_name(stages, lambda param: param.detach())
+
+
+def _by_global_name(
+    stages: CometStage | Sequence[CometStage], value: Callable[[torch.nn.Parameter], Tensor]
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for stage in [stages] if isinstance(stages, CometStage) else stages:
+        names = stage.global_names()
+        for name, param in stage.named_parameters():
+            tensor = value(param)
+            assert torch.equal(found.setdefault(names[name], tensor), tensor), f"{name} differs between two stages"
     return found
 
 
-def gather_zero1_gradients(model: DistributedDataParallel) -> None:
+def gradients(stages: CometStage | Sequence[CometStage]) -> dict[str, Tensor]:
+    """Gradients by parameter name in the whole model: Megatron's main gradient where DDP made one; zeros where there
+    is none."""
+
+    def gradient(param: torch.nn.Parameter) -> Tensor:
+        grad = getattr(param, "main_grad", None)
+        grad = param.grad if grad is None else grad
+        return torch.zeros_like(param) if grad is None else grad.detach()
+
+    return _by_global_name(stages, gradient)
+
+
+def gather_zero1_gradients(model: TrainableModel) -> None:
     """After ZeRO-1's reduce-scatter each rank has its shard of the reduced gradients: give every rank all of them."""
-    group = model.dp_cp_group
-    for buffer in model.buffers:
-        for bucket in buffer.buckets:
-            shards = bucket.grad_data.view(group.size(), -1)
-            parts = [torch.empty_like(shards[0]) for _ in range(group.size())]
-            dist.all_gather(parts, shards[group.rank()].clone(), group=group)
-            shards.copy_(torch.stack(parts))
+    for part in model.parts.values():
+        group = part.dp_cp_group
+        for buffer in part.buffers:
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.view(group.size(), -1)
+                parts = [torch.empty_like(shards[0]) for _ in range(group.size())]
+                dist.all_gather(parts, shards[group.rank()].clone(), group=group)
+                shards.copy_(torch.stack(parts))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch.distributed as dist
 
 from comet_megatron.backend.device import select_device, set_cpu_threads
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, Progress, read_progress
@@ -11,13 +14,16 @@ from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.model.build import build_stage
 from comet_megatron.new_folder import make_folder
-from comet_megatron.parallel.layout import build_layout
+from comet_megatron.parallel.hang_watch import HangWatch
+from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.planning.balance import chunk_costs, describe_split, resolve_layers_per_stage
 from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
 from comet_megatron.train.callbacks.tensorboard import TensorBoard
-from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings, wrap_in_ddp
+from comet_megatron.train.model import TrainableModel, build_trainable
+from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings
 from comet_megatron.train.records import Callback
 from comet_megatron.train.trainer import Trainer
 
@@ -43,11 +49,24 @@ def build_trainer(
     threads = None
     if device.kind == "cpu":
         threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
-    layout = build_layout(process, device, tp=config.parallel.tp, seed=config.train.seed)
+    parallel = config.parallel
+    layout = build_layout(
+        process, device, tp=parallel.tp, pp=parallel.pp, seed=config.train.seed, timeout_s=parallel.timeout_s
+    )
+    layers_per_stage = resolve_layers_per_stage(
+        parallel.layers_per_stage,
+        description.architecture,
+        description.memory,
+        num_stages=parallel.pp,
+        tokens=int(train_data.lengths.max()),
+        recompute=config.train.recompute == "full",
+    )
     stage = build_stage(
         description.architecture,
         description.memory,
         layout.groups,
+        stage=layout.pp_rank,
+        layers_per_stage=layers_per_stage,
         sequence_parallel=config.parallel.sequence_parallel,
         precision=config.model.precision,
     )
@@ -55,7 +74,7 @@ def build_trainer(
         load_weights(start, stage, layout)
     if config.train.trainable == "memory":
         stage.freeze_backbone()
-    model = wrap_in_ddp(stage, zero1=config.parallel.zero1)
+    model = build_trainable({layout.pp_rank: stage}, layout, zero1=config.parallel.zero1)
     optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
     progress = Progress(
         step=0,
@@ -82,8 +101,22 @@ def build_trainer(
         eval_data=eval_data,
         progress=progress,
         callbacks=_build_callbacks(config) if layout.is_main else (),
+        watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
     )
-    return trainer, summarize(trainer, start, threads=threads)
+    return trainer, summarize(trainer, start, layers_per_stage, threads=threads)
+
+
+def _build_watch(model: TrainableModel, layout: Layout, *, timeout_s: float) -> HangWatch | None:
+    if layout.world_size == 1:
+        return None
+    return HangWatch(
+        model.executor.activity,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout_s=timeout_s,
+        name_of=layout.name_of,
+        store=dist.distributed_c10d._get_default_store(),
+    )
 
 
 def _build_callbacks(config: Config) -> list[Callback]:
@@ -95,15 +128,14 @@ def _build_callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
-def summarize(trainer: Trainer, start: Path, *, threads: int | None) -> list[str]:
+def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *, threads: int | None) -> list[str]:
     """What runs, in a few lines."""
-    config, layout, stage = trainer.config, trainer.layout, trainer.model.module
+    config, layout, stage = trainer.config, trainer.layout, trainer.stage
     architecture, memory, data = stage.architecture, stage.memory_sizes, trainer.train_data
     weights = sum(p.numel() for p in stage.parameters())
     trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-    parallel = (
-        f"TP {layout.tp}{' with sequence parallelism' if config.parallel.sequence_parallel else ''}, DP {layout.dp}"
-    )
+    parallel = f"TP {layout.tp}{' with sequence parallelism' if config.parallel.sequence_parallel else ''}, "
+    parallel += f"PP {layout.pp}, DP {layout.dp}"
     parallel += ", ZeRO-1" if config.parallel.zero1 else ""
     on = layout.device.kind if threads is None else f"{layout.device.kind}, {threads} thread{'s' * (threads > 1)} each"
     temporary = f"a beacon every {memory.stride} tokens, budget {memory.budget}" if memory.stride > 0 else "no beacons"
@@ -117,6 +149,15 @@ def summarize(trainer: Trainer, start: Path, *, threads: int | None) -> list[str
         f"data     {data.folder}: {len(data):,} sequences, {data.num_tokens:,} tokens; "
         f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps",
     ]
+    if layout.pp > 1:
+        costs = chunk_costs(
+            architecture,
+            memory,
+            tokens=int(data.lengths.max()),
+            recompute=config.train.recompute == "full",
+        )
+        split = describe_split(layers_per_stage, costs, setting=config.parallel.layers_per_stage)
+        lines.insert(3, f"{split}; slack {config.parallel.slack}")
     if trainer.progress.step:
         lines.append(f"resume   after step {trainer.progress.step}")
     return lines

@@ -1,45 +1,31 @@
-"""Megatron's DDP, AdamW and learning-rate schedule for a stage, with the memory nets at their own rate."""
+"""AdamW and learning-rate schedule of a model, with the memory nets at their own rate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from comet_megatron.config.schema import OptimizerSection
-from comet_megatron.model.stage import CometStage
+from comet_megatron.train.model import TrainableModel
 
 MEMORY_NETS = "*_memory_net.*"
 MEMORY_MARK = 2.0  # lr_mult of the memory nets' groups: Megatron only compares it
 _FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "weight_decay")
 
 
-def wrap_in_ddp(stage: CometStage, *, zero1: bool) -> DistributedDataParallel:
-    """Megatron's DDP with fp32 gradients, summed (not averaged) over data-parallel ranks.
-
-    Gradients are reduced once a step, when `finalize_model_grads` asks for it: Megatron's hooks count calls per
-    parameter, and the number of calls differs with the number of chunks.
-    """
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=zero1, overlap_grad_reduce=False
-    )
-    return DistributedDataParallel(stage.config, config, stage, pg_collection=stage.pg_collection)
-
-
 def build_optimizer(
-    model: DistributedDataParallel, settings: OptimizerSection, *, precision: str, zero1: bool
+    model: TrainableModel, settings: OptimizerSection, *, precision: str, zero1: bool
 ) -> MegatronOptimizer:
     """AdamW over the trainable parameters; fp32 master weights under bf16; its state sharded over DP with `zero1`.
 
     Megatron matches parameter groups after a load by their multipliers alone, so the memory nets' groups are marked by
     an lr_mult of their own, whatever their rate: a run may be resumed with another rate.
     """
-    stage: CometStage = model.module
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -50,7 +36,7 @@ def build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
         bf16=precision == "bf16",
-        params_dtype=stage.config.params_dtype,
+        params_dtype=model.stages[0].config.params_dtype,
         use_distributed_optimizer=zero1,
     )
     overrides = get_standard_config_overrides(config)  # no decay on vectors
@@ -59,7 +45,7 @@ def build_optimizer(
         "min_lr": settings.min_lr * settings.memory_lr_mult,
         "lr_mult": MEMORY_MARK,
     }
-    return get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, list(model.parts.values()), overrides, use_gloo_process_groups=False)
 
 
 def build_schedule(

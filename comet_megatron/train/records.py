@@ -70,6 +70,9 @@ class Callback:
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """After a checkpoint is whole."""
 
+    def on_profile(self, step: int, picture: Path) -> None:
+        """After the ops of a step were drawn."""
+
     def on_end(self, end: RunEnd) -> None:
         """After the last step."""
 

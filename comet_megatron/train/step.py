@@ -9,16 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from comet_megatron.chunking import IGNORE_LABEL, next_token_labels
-from comet_megatron.model.stage import CometStage
+from comet_megatron.chunking import next_token_labels
+from comet_megatron.parallel.executor import BackwardSettings, Executor, Microbatch, SequenceResult
 from comet_megatron.parallel.layout import Layout
+from comet_megatron.train.model import TrainableModel
 from comet_megatron.train.nonfinite import stop_on_nonfinite_gradient, stop_on_nonfinite_loss
-from comet_megatron.train.sequence import BackwardSettings, SequenceResult, evaluate_sequence, train_sequence
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class BatchResult:
         chunk_losses: mean cross entropy by chunk index; NaN where no sequence had a label there.
         gate_means: mean gate by layer; empty where there is none.
         state_norms: mean norm of a global slot's state by layer; empty where there is none.
+        bubble: share of the stages' time that they waited, from the first op to the last; 0 with one stage.
         grad_norm: before clipping; 0 in evaluation.
     """
 
@@ -39,11 +38,12 @@ class BatchResult:
     chunk_losses: tuple[float, ...]
     gate_means: tuple[float, ...]
     state_norms: tuple[float, ...]
+    bubble: float = 0.0
     grad_norm: float = 0.0
 
 
 def train_step(
-    model: DistributedDataParallel,
+    model: TrainableModel,
     optimizer: MegatronOptimizer,
     sequences: Sequence[np.ndarray],
     layout: Layout,
@@ -62,18 +62,19 @@ def train_step(
     """
     optimizer.zero_grad()
     gathered = accumulate_gradients(model, sequences, layout, settings=settings, step=step)
-    optimizer.prepare_grads()
-    clip = optimizer.config.clip_grad
-    grad_norm = float(optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        stop_on_nonfinite_gradient(model.module, layout, step=step)
-    optimizer.step_with_ready_grads()
-    model.module.write_new_rows()
+    with model.executor.activity.phase("the optimizer's update"):
+        optimizer.prepare_grads()
+        clip = optimizer.config.clip_grad
+        grad_norm = float(optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            stop_on_nonfinite_gradient(model, layout, step=step)
+        optimizer.step_with_ready_grads()
+        model.write_new_rows()
     return BatchResult(**{**vars(gathered), "grad_norm": grad_norm})
 
 
 def accumulate_gradients(
-    model: DistributedDataParallel,
+    model: TrainableModel,
     sequences: Sequence[np.ndarray],
     layout: Layout,
     *,
@@ -87,28 +88,37 @@ def accumulate_gradients(
     Raises:
         TrainingError: the loss is not finite.
     """
-    stage: CometStage = model.module
-    model.zero_grad_buffer()
-    batch = [(ids[None], next_token_labels(ids)[None]) for ids in sequences]
-    num_labels = _global_sum(sum(int((labels != IGNORE_LABEL).sum()) for _, labels in batch), layout)
-    scale = 1.0 / max(num_labels, 1)
-    with model.no_sync():
-        results = [train_sequence(stage, ids, labels, scale=scale, settings=settings) for ids, labels in batch]
-    gathered = _gather(results, sequences, layout, num_layers=stage.num_layers)
+    model.zero_gradients()
+    activity = model.executor.activity
+    batch = _microbatches(model.executor, sequences)
+    with activity.phase("counting the labels of the batch"):
+        num_labels = _global_sum(sum(sum(m.num_labels) for m in batch), layout)
+    with model.accumulating():
+        results = model.executor.train(
+            batch,
+            scale=1.0 / max(num_labels, 1),
+            settings=settings,
+            after_last_backward=model.start_reduction,
+        )
+    with activity.phase("summing the gradients over the ranks"):
+        model.finish_reduction(layout)
+    gathered = _gather(results, sequences, layout, executor=model.executor)
     if not math.isfinite(gathered.loss):
-        stop_on_nonfinite_loss(stage, batch, layout, step=step)
-    finalize_model_grads([model], pg_collection=layout.groups)
+        stop_on_nonfinite_loss(model.executor, batch, layout, step=step)
     return gathered
 
 
 def evaluate(
-    stage: CometStage, sequences: Sequence[np.ndarray], layout: Layout, *, settings: BackwardSettings
+    executor: Executor, sequences: Sequence[np.ndarray], layout: Layout, *, settings: BackwardSettings
 ) -> BatchResult:
-    """Losses of this data-parallel rank's held-out sequences, averaged over all ranks'. Communicates on DP."""
-    results = [
-        evaluate_sequence(stage, ids[None], next_token_labels(ids)[None], settings=settings) for ids in sequences
-    ]
-    return _gather(results, sequences, layout, num_layers=stage.num_layers)
+    """Losses of this data-parallel rank's held-out sequences, averaged over all ranks'. Communicates on DP and PP."""
+    results = executor.evaluate(_microbatches(executor, sequences), settings=settings)
+    return _gather(results, sequences, layout, executor=executor)
+
+
+def _microbatches(executor: Executor, sequences: Sequence[np.ndarray]) -> list[Microbatch]:
+    """Each sequence on its own."""
+    return [executor.microbatch(ids[None], next_token_labels(ids)[None]) for ids in sequences]
 
 
 def _global_sum(value: int, layout: Layout) -> int:
@@ -118,37 +128,62 @@ def _global_sum(value: int, layout: Layout) -> int:
 
 
 def _gather(
-    results: Sequence[SequenceResult], sequences: Sequence[np.ndarray], layout: Layout, *, num_layers: int
+    results: Sequence[SequenceResult], sequences: Sequence[np.ndarray], layout: Layout, *, executor: Executor
 ) -> BatchResult:
-    """Sum over the data-parallel ranks in two collectives; one transfer to the host."""
+    """Sum over the data-parallel ranks and the stages."""
+    with executor.activity.phase("gathering the losses"):
+        return _gather_now(results, sequences, layout, executor=executor)
+
+
+def _gather_now(
+    results: Sequence[SequenceResult], sequences: Sequence[np.ndarray], layout: Layout, *, executor: Executor
+) -> BatchResult:
     device = layout.device.torch_device
     chunks = torch.tensor(max((len(r.labels) for r in results), default=0), device=device)
     dist.all_reduce(chunks, op=dist.ReduceOp.MAX, group=layout.groups.dp)
-    num_chunks = int(chunks)
+    num_chunks, num_layers = int(chunks), next(iter(executor.stages.values())).architecture.num_layers
     # Rows: loss and labels by chunk index; gate and its count, state norm and its count by layer; text tokens.
     by_chunk = torch.zeros(2, num_chunks, dtype=torch.float64, device=device)
     by_layer = torch.zeros(4, num_layers, dtype=torch.float64, device=device)
     for result in results:
         n = len(result.labels)
-        by_chunk[0, :n] += result.losses
-        by_chunk[1, :n] += torch.tensor(result.labels, dtype=torch.float64).to(device)
+        if executor.has_head:
+            by_chunk[0, :n] += result.losses
+            by_chunk[1, :n] += torch.tensor(result.labels, dtype=torch.float64).to(device)
         for row, values in ((0, result.gate_mean), (2, result.state_norm)):
             if len(values):
-                by_layer[row] += values
-                by_layer[row + 1] += 1
-    tokens = torch.tensor([float(sum(len(s) for s in sequences))], dtype=torch.float64, device=device)
-    packed = torch.cat([by_chunk.flatten(), by_layer.flatten(), tokens])
+                by_layer[row, list(result.layers)] += values
+                by_layer[row + 1, list(result.layers)] += 1
+    tokens = float(sum(len(s) for s in sequences)) if executor.has_head else 0.0
+    bubble = _measure_bubble(executor, layout) / (layout.dp * layout.pp)  # of which the sum is the mean
+    rest = torch.tensor([tokens, bubble], dtype=torch.float64, device=device)
+    packed = torch.cat([by_chunk.flatten(), by_layer.flatten(), rest])
     dist.all_reduce(packed, group=layout.groups.dp)
+    dist.all_reduce(packed, group=layout.groups.pp)
     values = packed.cpu()
     losses, labels = values[: 2 * num_chunks].view(2, num_chunks)
-    gate, gates, norm, norms = values[2 * num_chunks : -1].view(4, num_layers)
+    gate, gates, norm, norms = values[2 * num_chunks : -2].view(4, num_layers)
     return BatchResult(
         loss=float(losses.sum() / labels.sum().clamp_min(1)),
-        text_tokens=int(values[-1]),
+        text_tokens=int(values[-2]),
         chunk_losses=tuple((losses / labels).tolist()),
         gate_means=_means(gate, gates),
         state_norms=_means(norm, norms),
+        bubble=float(values[-1]),
     )
+
+
+def _measure_bubble(executor: Executor, layout: Layout) -> float:
+    """Waiting of this pipeline's stages, in the ops just done, as a share of their time. Communicates on PP."""
+    if layout.pp == 1:
+        return 0.0
+    spans = executor.activity.spans()
+    own = [sum(s.duration for s in spans), spans[-1].end if spans else 0.0]
+    times = torch.zeros(layout.pp, 2, dtype=torch.float64, device=layout.device.torch_device)
+    times[layout.pp_rank] = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(times, group=layout.groups.pp)
+    busy, makespan = float(times[:, 0].sum()), float(times[:, 1].max())
+    return 1 - busy / (layout.pp * makespan) if makespan else 0.0
 
 
 def _means(sums: Tensor, counts: Tensor) -> tuple[float, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -22,10 +22,15 @@ from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.sampler import plan_batch
 from comet_megatron.errors import DataError
+from comet_megatron.model.stage import CometStage
+from comet_megatron.parallel.activity import Activity
+from comet_megatron.parallel.executor import BackwardSettings
+from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout
+from comet_megatron.train.model import TrainableModel
 from comet_megatron.train.optimizer import backbone_learning_rate
+from comet_megatron.train.profile import write_profile
 from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
-from comet_megatron.train.sequence import BackwardSettings
 from comet_megatron.train.step import evaluate, train_step
 
 
@@ -37,11 +42,12 @@ class Trainer:
         tokenizer: folder that checkpoints carry along.
         progress: where the run is; 0 steps for a new one.
         callbacks: empty but on the main process.
+        watch: ends the run when another process holds it up; None where there is no other.
     """
 
     config: Config
     layout: Layout
-    model: DistributedDataParallel
+    model: TrainableModel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     description: ModelDescription
@@ -50,6 +56,17 @@ class Trainer:
     eval_data: ShardDataset | None
     progress: Progress
     callbacks: Sequence[Callback]
+    watch: HangWatch | None = None
+
+    @property
+    def activity(self) -> Activity:
+        """What this process does."""
+        return self.model.executor.activity
+
+    @property
+    def stage(self) -> CometStage:
+        """This process's part of the model."""
+        return self.model.stages[0]
 
     @property
     def settings(self) -> BackwardSettings:
@@ -58,6 +75,7 @@ class Trainer:
             bptt_chunks=train.bptt_chunks,
             recompute=train.recompute == "full",
             slice_tokens=train.loss_slice_tokens,
+            slack=self.config.parallel.slack,
         )
 
     def run(self, summary: Sequence[str] = ()) -> Path:
@@ -67,8 +85,12 @@ class Trainer:
             TrainingError: a loss or gradient is not finite.
             DataError: a shard is damaged.
         """
+        folder = Path(self.config.train.output)
+        with self.watch.watching() if self.watch else nullcontext():
+            return self._run(folder, summary)
+
+    def _run(self, folder: Path, summary: Sequence[str]) -> Path:
         train = self.config.train
-        folder = Path(train.output)
         try:
             self._tell("on_start", RunStart(folder, train.steps, self.progress.step, tuple(summary)))
             if self.progress.step == 0 and train.eval_every:
@@ -99,8 +121,12 @@ class Trainer:
             num_samples=len(self.train_data),
             seed=self.config.data.seed,
         )
-        sequences = self._read(numbers)
+        with self.activity.phase("reading the batch"):
+            sequences = self._read(numbers)
         self.schedule.step(increment=1)
+        records = self.config.profile.timeline and step == self.config.profile.timeline_step
+        if records:
+            dist.barrier(group=self.layout.groups.pp)  # so that the stages' clocks start together
         result = train_step(self.model, self.optimizer, sequences, self.layout, settings=self.settings, step=step)
         self.progress = replace(self.progress, step=step)
         record = StepRecord(
@@ -111,6 +137,8 @@ class Trainer:
             peak_memory_bytes=self._peak_memory(),
         )
         self._tell("on_step", record)
+        if records and (path := write_profile(self.activity, self.layout, Path(self.config.train.output), step=step)):
+            self._tell("on_profile", step, path)
 
     def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """This rank's samples. A sample that one rank cannot read stops all ranks with the same message."""
@@ -130,24 +158,29 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         count = min(self.config.train.eval_sequences, len(self.eval_data))
         sequences = [self.eval_data[n] for n in range(self.layout.dp_rank, count, self.layout.dp)]
-        result = evaluate(self.model.module, sequences, self.layout, settings=self.settings)
+        result = evaluate(self.model.executor, sequences, self.layout, settings=self.settings)
         self._tell("on_evaluation", step, result)
 
     def _save(self, step: int) -> Path:
         folder = checkpoint_folder(Path(self.config.train.output), step)
-        save_checkpoint(
-            folder,
-            self.model.module,
-            self.layout,
-            description=self.description,
-            tokenizer=self.tokenizer,
-            optimizer=self.optimizer,
-            progress=self.progress,
-        )
+        with self.activity.phase("saving a checkpoint", limited=False):
+            save_checkpoint(
+                folder,
+                self.stage,
+                self.layout,
+                description=self.description,
+                tokenizer=self.tokenizer,
+                optimizer=self.optimizer,
+                progress=self.progress,
+            )
         self._tell("on_checkpoint", step, folder)
         return folder
 
     def _peak_memory(self) -> int:
+        with self.activity.phase("comparing peak memory"):
+            return self._most_of_all_ranks()
+
+    def _most_of_all_ranks(self) -> int:
         most = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device.torch_device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comet_megatron.config.schema import MemorySizes, OptimizerSection
 from comet_megatron.model.build import build_stage
+from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.testing.tiny import (
     build_oracle,
     gather_zero1_gradients,
@@ -22,8 +23,8 @@ from comet_megatron.testing.tiny import (
     tiny_memory,
     tiny_sequences,
 )
-from comet_megatron.train.optimizer import build_optimizer, wrap_in_ddp
-from comet_megatron.train.sequence import BackwardSettings
+from comet_megatron.train.model import build_trainable
+from comet_megatron.train.optimizer import build_optimizer
 from comet_megatron.train.step import train_step
 
 TOLERANCE = 1e-5  # of each tensor's largest value; of the norm
@@ -39,6 +40,7 @@ class Case:
     tp: int = 1
     sequence_parallel: bool = False
     zero1: bool = False
+    layers_per_stage: tuple[int, ...] = (3,)
 
 
 CASES = {
@@ -46,21 +48,26 @@ CASES = {
     "TP2": Case(world=2, tp=2),
     "TP2+SP": Case(world=2, tp=2, sequence_parallel=True),
     "DP2 ZeRO-1": Case(world=2, zero1=True),
+    "PP2": Case(world=2, layers_per_stage=(1, 2)),
+    "TP2+SP x PP2": Case(world=4, tp=2, sequence_parallel=True, layers_per_stage=(2, 1)),
+    "PP2 x DP2 ZeRO-1": Case(world=4, zero1=True, layers_per_stage=(2, 1)),
 }
 
 
 def one_step(process, case: Case, tie_embeddings: bool, tensors: dict[str, Tensor], sequences):
     """On each rank: the batch's loss, the gradient's norm, and the gradient of every trained parameter."""
-    layout = layout_of(process, tp=case.tp)
+    layout = layout_of(process, tp=case.tp, pp=len(case.layers_per_stage))
     stage = build_stage(
         tiny_architecture(tie_embeddings=tie_embeddings),
         tiny_memory(),
         layout.groups,
+        stage=layout.pp_rank,
+        layers_per_stage=case.layers_per_stage,
         sequence_parallel=case.sequence_parallel,
     )
     load_hf_tensors(stage, tensors)
     stage.freeze_backbone()
-    model = wrap_in_ddp(stage, zero1=case.zero1)
+    model = build_trainable({layout.pp_rank: stage}, layout, zero1=case.zero1)
     section = OptimizerSection(clip_grad=1e9)  # the norm is computed, nothing is clipped
     optimizer = build_optimizer(model, section, precision="fp32", zero1=case.zero1)
     mine = np.array_split(np.arange(len(sequences)), layout.dp)[layout.dp_rank]
@@ -68,7 +75,11 @@ def one_step(process, case: Case, tie_embeddings: bool, tensors: dict[str, Tenso
     result = train_step(model, optimizer, batch, layout, settings=BackwardSettings(), step=1)
     if case.zero1:
         gather_zero1_gradients(model)
-    grads = {n: p.main_grad.clone() for n, p in stage.named_parameters() if p.requires_grad}
+    names = stage.global_names()
+    grads = {names[n]: p.main_grad.clone() for n, p in stage.named_parameters() if p.requires_grad}
+    of_stages: list[dict[str, Tensor]] = [{}] * layout.pp
+    dist.all_gather_object(of_stages, grads, group=layout.groups.pp)
+    assert all(torch.equal(grads.setdefault(n, g), g) for other in of_stages for n, g in other.items())
     return result.loss, result.grad_norm, grads
 
 

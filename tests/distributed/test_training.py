@@ -14,6 +14,7 @@ from comet_megatron.checkpoint.run_folder import checkpoint_folder
 from comet_megatron.checkpoint.sharded import load_training_state, save_checkpoint
 from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.model.build import build_stage
+from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.testing.runs import run_command, weights_of, write_config, write_data, write_start
 from comet_megatron.testing.tiny import (
     build_oracle,
@@ -25,8 +26,8 @@ from comet_megatron.testing.tiny import (
     tiny_sequences,
     whole_tensors,
 )
-from comet_megatron.train.optimizer import MEMORY_MARK, build_optimizer, build_schedule, wrap_in_ddp
-from comet_megatron.train.sequence import BackwardSettings
+from comet_megatron.train.model import build_trainable
+from comet_megatron.train.optimizer import MEMORY_MARK, build_optimizer, build_schedule
 from comet_megatron.train.step import train_step
 
 # Chunks of 16 tokens: 5, 9, 1, 9 chunks and so on, so that no two steps call a parameter equally often.
@@ -65,6 +66,11 @@ LAYOUTS = {
     "DP2 ZeRO-1 bf16": (2, {"model": {"precision": "bf16"}}),
     "TP2 bf16": (2, {"model": {"precision": "bf16"}, "parallel": {"tp": 2, "zero1": False}}),
     "DP2 ZeRO-1, memory only": (2, {"train": {"trainable": "memory"}}),
+    "PP2": (2, {"parallel": {"pp": 2, "zero1": False}}),
+    "PP2 x DP2 ZeRO-1 bf16, recompute": (
+        4,
+        {"parallel": {"pp": 2}, "model": {"precision": "bf16"}, "train": {"recompute": "full"}},
+    ),
 }
 
 
@@ -90,7 +96,8 @@ def test_ten_steps_equal_five_steps_stop_resume_five_steps_bit_for_bit(name, tmp
 
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "world,parallel", [(1, {}), (2, {"tp": 2, "sequence_parallel": True}), (2, {"tp": 2, "zero1": False})]
+    "world,parallel",
+    [(1, {}), (2, {"tp": 2, "sequence_parallel": True}), (2, {"tp": 2, "zero1": False}), (2, {"pp": 2})],
 )
 def test_training_the_memory_only_leaves_the_backbone_bit_equal(world, parallel, tie_embeddings, tmp_path, pool):
     make_start(tmp_path, pool, tie_embeddings=tie_embeddings)
@@ -117,7 +124,7 @@ def optimizer_state_sizes(process, zero1: bool, precision: str):
     stage = build_stage(tiny_architecture(), tiny_memory(), layout.groups, precision=precision)
     load_hf_tensors(stage, oracle_tensors(build_oracle(tiny_architecture(), tiny_memory())))
     stage.freeze_backbone()
-    model = wrap_in_ddp(stage, zero1=zero1)
+    model = build_trainable(stage, layout, zero1=zero1)
     optimizer = build_optimizer(model, OptimizerSection(), precision=precision, zero1=zero1)
     train_step(model, optimizer, tiny_sequences((50,)), layout, settings=BackwardSettings(), step=1)
     states = optimizer.optimizer.state.values()
@@ -138,7 +145,7 @@ def train_three_steps(process, tp: int, sequence_parallel: bool, zero1: bool, se
     layout = layout_of(process, tp=tp)
     stage = build_stage(tiny_architecture(), tiny_memory(), layout.groups, sequence_parallel=sequence_parallel)
     load_hf_tensors(stage, tensors)
-    model = wrap_in_ddp(stage, zero1=zero1)
+    model = build_trainable(stage, layout, zero1=zero1)
     section = OptimizerSection(lr=1e-2, eps=1e-2, warmup_steps=0, weight_decay=0.1, clip_grad=0.5)
     optimizer = build_optimizer(model, section, precision="fp32", zero1=zero1)
     schedule = build_schedule(optimizer, section, steps=3, steps_done=0)
@@ -191,7 +198,7 @@ def master_weight_dtypes(process, zero1: bool):
     layout = layout_of(process)
     stage = build_stage(tiny_architecture(), tiny_memory(), layout.groups, precision="bf16")
     load_hf_tensors(stage, oracle_tensors(build_oracle(tiny_architecture(), tiny_memory())))
-    model = wrap_in_ddp(stage, zero1=zero1)
+    model = build_trainable(stage, layout, zero1=zero1)
     optimizer = build_optimizer(model, OptimizerSection(), precision="bf16", zero1=zero1)
     masters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
     return (
@@ -212,7 +219,7 @@ def learning_rates(process, folder: Path):
     layout = layout_of(process)
     description = read_description(folder)
     stage = build_stage(description.architecture, description.memory, layout.groups)
-    model = wrap_in_ddp(stage, zero1=True)
+    model = build_trainable(stage, layout, zero1=True)
     section = OptimizerSection(lr=1e-3, warmup_steps=0, weight_decay=0.1)
     optimizer = build_optimizer(model, section, precision="fp32", zero1=True)
     load_training_state(folder, stage, optimizer, layout)
@@ -282,7 +289,7 @@ def resave(process, tp: int, source: Path, target: Path):
     layout = layout_of(process, tp=tp)
     description = read_description(source)
     stage = build_stage(description.architecture, description.memory, layout.groups, sequence_parallel=tp > 1)
-    model = wrap_in_ddp(stage, zero1=True)
+    model = build_trainable(stage, layout, zero1=True)
     optimizer = build_optimizer(model, OptimizerSection(), precision="fp32", zero1=True)
     load_training_state(source, stage, optimizer, layout)
     tokenizer = source / "tokenizer"
@@ -334,11 +341,15 @@ def poison(process, source: Path, target: Path, parameter: str):
         ("decoder.final_layernorm.weight", "in the head, chunk 0"),
     ],
 )
-@pytest.mark.parametrize("world,tp", [(1, 1), (2, 2), (2, 1)])
-def test_a_loss_that_is_not_finite_names_step_layer_and_chunk_and_stops(parameter, place, world, tp, tmp_path, pool):
+@pytest.mark.parametrize("world,tp,pp", [(1, 1, 1), (2, 2, 1), (2, 1, 1), (2, 1, 2)], ids=["TP1", "TP2", "DP2", "PP2"])
+def test_a_loss_that_is_not_finite_names_step_layer_and_chunk_and_stops(
+    parameter, place, world, tp, pp, tmp_path, pool
+):
     make_start(tmp_path, pool)
     pool(1).run(poison, tmp_path / "start", tmp_path / "bad", parameter)
-    config = write_config(tmp_path / "c.yaml", tmp_path, model={"path": str(tmp_path / "bad")}, parallel={"tp": tp})
+    config = write_config(
+        tmp_path / "c.yaml", tmp_path, model={"path": str(tmp_path / "bad")}, parallel={"tp": tp, "pp": pp}
+    )
     results = pool(world).run(run_command, "--config", str(config), "train.global_batch_size=10")
     assert {code for code, _, _ in results} == {2}
     message = results[0][2]

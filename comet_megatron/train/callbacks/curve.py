@@ -41,6 +41,7 @@ class Curve(Callback):
             tokens_per_second=round(record.tokens_per_second, 1),
             seconds=round(record.seconds, 4),
             peak_memory_bytes=record.peak_memory_bytes,
+            bubble=round(record.result.bubble, 5),
         )
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:

@@ -65,6 +65,8 @@ class Progress(Callback):
             f"grad norm {result.grad_norm:.3f}  {record.tokens_per_second:,.0f} tokens/s  {record.seconds:.2f} s  "
             f"peak {record.peak_memory_bytes / 2**30:.2f} GiB"
         )
+        if result.bubble:
+            line += f"  bubble {result.bubble:.1%}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {result.loss:.3f}, {record.tokens_per_second:,.0f} tokens/s", refresh=False)
             self.bar.update(record.step - self.bar.n)
@@ -78,6 +80,11 @@ class Progress(Callback):
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self._say(f"step {step}/{self.steps}  checkpoint {folder}")
+
+    def on_profile(self, step: int, picture: Path) -> None:
+        self._say(
+            f"step {step}/{self.steps}  its ops: {picture} and {picture.with_suffix('.json').name} (ui.perfetto.dev)"
+        )
 
     def on_end(self, end: RunEnd) -> None:
         if self.bar is not None:

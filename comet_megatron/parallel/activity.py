@@ -1,0 +1,142 @@
+"""What this process does now, since when, and what it did last; how long its ops took and waited.
+
+Written by the executor, read by hang_watch.py from another thread, and by whoever wants times. On a GPU times are
+CUDA events, read after the step, so that nothing waits for the device inside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from comet_megatron.parallel.schedule import Op
+from comet_megatron.parallel.simulator import Span
+
+Mark = float | torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class State:
+    """What a process does at one moment; replaced as a whole, so that another thread reads no mixture.
+
+    Attributes:
+        doing: an op, or a phase of a step in words; "" between steps.
+        waits_for: what another process has to send first; "" while computing.
+        since_s: of this state, time.monotonic().
+        limited: may not last for ever.
+    """
+
+    doing: str = ""
+    waits_for: str = ""
+    since_s: float = 0.0
+    limited: bool = False
+
+
+@dataclass
+class _Timed:
+    op: Op
+    start: Mark
+    end: Mark | None = None
+    waited: list[tuple[Mark, Mark]] | None = None
+
+
+class Activity:
+    """One process's present and its last steps.
+
+    Args:
+        device: where ops run.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._on_gpu = device is not None and device.type == "cuda"
+        self.state = State()
+        self.last_done = "nothing yet"
+        self._zero = self._mark()
+        self._timed: list[_Timed] = []
+
+    # --- what is done -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def op(self, op: Op) -> Iterator[None]:
+        """Do an op inside."""
+        self.state = State(op, since_s=time.monotonic(), limited=True)  # type: ignore[arg-type]  # str() only if read
+        timed = _Timed(op, self._mark())
+        self._timed.append(timed)
+        yield
+        timed.end = self._mark()
+        self.last_done = op  # type: ignore[assignment]
+        self.state = State(since_s=time.monotonic())
+
+    @contextmanager
+    def waiting(self, what: object) -> Iterator[None]:
+        """Wait inside, in an op, for `what` (read with str() only if somebody asks)."""
+        before = self.state
+        self.state = State(before.doing, what, time.monotonic(), True)  # type: ignore[arg-type]
+        start = self._mark()
+        yield
+        if self._timed and self._timed[-1].end is None:
+            timed = self._timed[-1]
+            timed.waited = [*(timed.waited or ()), (start, self._mark())]
+        self.state = State(before.doing, since_s=time.monotonic(), limited=before.limited)
+
+    @contextmanager
+    def phase(self, name: str, *, limited: bool = True) -> Iterator[None]:
+        """A part of a step, in words; one that is not limited may take any time."""
+        self.state = State(name, since_s=time.monotonic(), limited=limited)
+        yield
+        self.last_done = name
+        self.state = State(since_s=time.monotonic())
+
+    def describe(self) -> str:
+        """One line for people: what is done or waited for, since when, or what was done last."""
+        state, now = self.state, time.monotonic()
+        seconds = f"{now - state.since_s:.0f} s"
+        if state.waits_for:
+            return f"the {state.doing} waits for {state.waits_for}, for {seconds}"
+        if on_gpu := self._unfinished_on_gpu():
+            return f"the {on_gpu} is not finished on the GPU; {state.doing or 'nothing else'} for {seconds}"
+        doing = f"in {state.doing} for {seconds}" if state.doing else f"between steps for {seconds}"
+        return f"{doing}; before that: {self.last_done}"
+
+    def _unfinished_on_gpu(self) -> Op | None:
+        """The first op that the GPU has not finished; the process itself runs ahead of it."""
+        if not self._on_gpu:
+            return None
+        return next((timed.op for timed in list(self._timed) if timed.end is None or not timed.end.query()), None)
+
+    # --- what was done ------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget the times of earlier ops; times count from now."""
+        self._zero, self._timed = self._mark(), []
+
+    def spans(self) -> list[Span]:
+        """Ops since `clear`, in seconds since then; an op's waiting, which is at its start, is left out.
+
+        On a GPU this waits for the device.
+        """
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        spans = []
+        for timed in self._timed:
+            waited = sum(self._seconds(a, b) for a, b in timed.waited or ())
+            spans.append(
+                Span(timed.op, self._seconds(self._zero, timed.start) + waited, self._seconds(self._zero, timed.end))
+            )
+        return spans
+
+    def _mark(self) -> Mark:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Mark, end: Mark) -> float:
+        if self._on_gpu:
+            return start.elapsed_time(end) / 1000  # type: ignore[union-attr,arg-type]
+        return end - start  # type: ignore[operator]
