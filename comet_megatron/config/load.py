@@ -6,6 +6,7 @@ Unusual here:
   `lr: 5e-5` is a number, `steps: 1e3` is 1000, and `tp: true` or `zero1: 1` are refused.
 - OmegaConf's interpolation works (`${oc.env:SCRATCH}/run`, `${data.train}`); `\\${` stands for a literal `${`.
 - Overrides win over the file; of two overrides of one key the last wins.
+- A section `recipe` is the launcher's and is passed over.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from comet_megatron.config.schema import REQUIRED, Config, to_dict
 from comet_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
+LAUNCHER_SECTION = "recipe"  # launch/recipe.py reads it: what is prepared before training
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 _NULL, _STRING = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
@@ -161,6 +163,8 @@ class _Collector:
         """Every value under `node`; `file` is the YAML file's name, or COMMAND_LINE, which has no line numbers."""
         first_place: dict[str, str] = {}
         for key_node, value in node.value:
+            if not prefix and key_node.value == LAUNCHER_SECTION and file != COMMAND_LINE:
+                continue
             place = file if file == COMMAND_LINE else f"{file}:{key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(f"{_shown(key_node)} is not a key", place, "keys are words")

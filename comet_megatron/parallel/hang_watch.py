@@ -1,8 +1,9 @@
-"""Ends a run that another process holds up: says who waits for what and what every rank did last, on every rank.
+"""Ends a run that another process holds up: every rank says who waits for what, and who is missing, and exits.
 
 A thread looks at this process's Activity. When an op or a phase lasts too long, or when the process finds out that
 another is gone, it tells all others through the store of torch.distributed, gathers what they did last, and exits; so
-do they. A process that is dead or stopped gives no answer, and is named for it.
+do they. A process that is dead or stopped gives no answer, and is named for it. The store itself may be on the lost
+process, so nothing here waits for it without a limit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -20,9 +21,8 @@ import torch.distributed as dist
 from comet_megatron.errors import PeerError
 from comet_megatron.parallel.activity import Activity
 
-EXIT_CODE = PeerError.exit_code
 ANSWER_S = 3.0  # how long the first to notice waits for what the others did last
-_REASON, _NOTICED = "reason", "noticed"
+_NOTICED, _REASON, _REPORT = "noticed", "reason", "report"
 _SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
 
@@ -51,14 +51,16 @@ class HangWatch:
         self.name_of = name_of
         # A connection of its own: the process's may be held by whatever hangs.
         self.store = dist.PrefixStore("hang_watch", store.clone() if hasattr(store, "clone") else store)
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._pause_s = min(1.0, timeout_s / 10)
+        self._over = threading.Event()
+        self._others_reason = ""  # why another process stops the run
+        self._stopping = threading.Lock()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch while inside. An error that says that a process is gone ends all processes."""
-        self._thread.start()
+        for target in (self._watch_activity, self._watch_store):
+            threading.Thread(target=target, name="hang watch", daemon=True).start()
         try:
             yield
         except PeerError as error:
@@ -69,83 +71,81 @@ class HangWatch:
             doing = self.activity.state.doing or "between steps"
             self.stop_all(f"{self.name_of(self.rank)}, {doing}: another process is gone: {sign}")
         finally:
-            self._stopping.set()
+            self._over.set()
 
-    def _watch(self) -> None:
-        pause_s = min(1.0, self.timeout_s / 10)
-        while not self._stopping.wait(pause_s):
+    def _watch_activity(self) -> None:
+        while not self._over.wait(self._pause_s):
             state = self.activity.state
             if state.limited and time.monotonic() - state.since_s > self.timeout_s:
-                self.stop_all(
-                    f"{self.name_of(self.rank)}: {self.activity.describe()}; parallel.timeout_s={self.timeout_s:g}"
-                )
-            elif (reason := self._others_reason()) is not None:
-                self._answer()
-                self._say(reason)
-                os._exit(EXIT_CODE)
+                what = f"{self.name_of(self.rank)}: {self.activity.describe()}"
+                self.stop_all(f"{what}; parallel.timeout_s={self.timeout_s:g}")
+            elif self._others_reason:
+                self.stop_all(self._others_reason)
 
-    def _others_reason(self) -> str | None:
-        """Why another process has stopped the run."""
-        try:
-            return self.store.get(_REASON).decode() if self.store.check([_REASON]) else None
-        except RuntimeError:
-            return None if self._stopping.is_set() else "the store of torch.distributed is gone: rank 0 or its machine"
-
-    def _answer(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: nobody is left to ask
-            self.store.set(f"last/{self.rank}", self.activity.describe())
+    def _watch_store(self) -> None:
+        """In a thread of its own: a store whose process is stopped does not return."""
+        while not self._over.wait(self._pause_s) and not self._others_reason:
+            try:
+                if self.store.check([_REASON]):
+                    self._others_reason = self.store.get(_REASON).decode()
+            except RuntimeError:
+                if not self._over.is_set():
+                    self._others_reason = self._store_is("is gone")
 
     def stop_all(self, reason: str) -> NoReturn:
         """Tell all processes why the run ends, and end this one. The first to notice says what every rank did last."""
-        with self._lock:  # the thread and the process itself may notice at once; the loser never returns
-            self._answer()
-            try:
-                is_first = self.store.add(_NOTICED, 1) == 1
-                if is_first:
-                    self.store.set(_REASON, reason)
-                    reason += "\n" + self._what_all_did()
-                else:
-                    reason = self._wait_for_reason() or reason
-            except RuntimeError:
-                reason += "\n(the store of torch.distributed is gone: no word of the others)"
-            self._say(reason)
-            os._exit(EXIT_CODE)
-
-    def _wait_for_reason(self) -> str | None:
-        deadline = time.monotonic() + ANSWER_S
-        while time.monotonic() < deadline:
-            if (reason := self._others_reason()) is not None:
-                time.sleep(ANSWER_S / 3)  # let the first one gather its answers before launchers see an exit
-                return reason
-            time.sleep(0.05)
-        return None
-
-    def _what_all_did(self) -> str:
-        deadline = time.monotonic() + ANSWER_S
-        missing = set(range(self.world_size))
-        while missing and time.monotonic() < deadline:
-            missing -= {rank for rank in missing if self.store.check([f"last/{rank}"])}
-            time.sleep(0.05)
-        lines = ["what every rank did last:"]
-        for rank in range(self.world_size):
-            answer = "NO ANSWER: dead or stopped" if rank in missing else self.store.get(f"last/{rank}").decode()
-            lines.append(f"  {self.name_of(rank)}: {answer}")
-        return "\n".join(lines)
-
-    def _say(self, reason: str) -> None:
+        self._stopping.acquire()  # the threads and the process itself may notice at once; only one goes on
+        said: list[str] = []
+        consultation = threading.Thread(target=lambda: said.append(self._consult(reason)), daemon=True)
+        consultation.start()
+        consultation.join(2 * ANSWER_S)
+        text = said[0] if said else f"{reason}\n  {self._store_is('does not answer')}"
         sys.stdout.flush()
-        print(f"rank {self.rank}: {PeerError.kind}: {reason}", file=sys.stderr, flush=True)
+        print(f"rank {self.rank}: {PeerError.kind}: {text}", file=sys.stderr, flush=True)
+        os._exit(PeerError.exit_code)
+
+    def _consult(self, reason: str) -> str:
+        """What to say, after the others were told and asked."""
+        try:
+            self.store.set(f"last/{self.rank}", self.activity.describe())
+            if self.store.add(_NOTICED, 1) > 1:
+                return self._wait_for(_REPORT) or reason
+            self.store.set(_REASON, reason)
+            answers = self._gather_answers()
+            if missing := [self.name_of(rank) for rank, answer in enumerate(answers) if not answer]:
+                reason += f"\n  no answer from {', '.join(missing)}: dead or stopped"
+            self.store.set(_REPORT, reason)
+            time.sleep(2 * self._pause_s)  # should this process hold the store: the others read it meanwhile
+            lines = [f"  {self.name_of(r)}: {answer or 'NO ANSWER'}" for r, answer in enumerate(answers)]
+            return "\n".join([reason, "what every rank did last:", *lines])
+        except RuntimeError:
+            return f"{reason}\n  {self._store_is('is gone')}"
+
+    def _gather_answers(self) -> list[str]:
+        """Of every rank, "" of those that gave none."""
+        deadline = time.monotonic() + ANSWER_S
+        answers = [""] * self.world_size
+        while not all(answers) and time.monotonic() < deadline:
+            for rank, answer in enumerate(answers):
+                if not answer and self.store.check([f"last/{rank}"]):
+                    answers[rank] = self.store.get(f"last/{rank}").decode()
+            time.sleep(0.05)
+        return answers
+
+    def _wait_for(self, key: str, *, limit_s: float = 1.5 * ANSWER_S) -> str:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if self.store.check([key]):
+                return self.store.get(key).decode()
+            time.sleep(0.05)
+        return ""
+
+    def _store_is(self, what: str) -> str:
+        return f"the store of torch.distributed {what}; {self.name_of(0)} or its launcher holds it"
 
 
 def sign_of_a_lost_process(error: RuntimeError) -> str:
     """The words of torch.distributed that say that another process is gone or silent; "" for other errors."""
     text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "Socket closed",
-    )
     is_nccl = isinstance(error, dist.DistBackendError)
-    return next((sign for sign in signs if sign in text), text.splitlines()[0] if is_nccl else "")
+    return next((sign for sign in _SIGNS if sign in text), text.splitlines()[0] if is_nccl else "")

@@ -61,8 +61,9 @@ def build_layout(
     Args:
         tp, pp: tensor-parallel size, pipeline stages; data parallelism takes the rest.
         seed: of Megatron's random states.
-        timeout_s: of a collective or message.
+        timeout_s: after which hang_watch.py ends a run; torch.distributed itself waits longer, for it says less.
     """
+    timeout_s = 2 * timeout_s + 60
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if process.world_size == 1 and "MASTER_ADDR" not in os.environ:

@@ -207,9 +207,11 @@ class DistributedTransport:
 
     def _gone(self, message: Message, error: RuntimeError, *, sending: bool = False) -> PeerError:
         link = self.links[message.boundary]
-        other = message.boundary if link.peer < dist.get_rank() else message.boundary + 1
-        did = "was sent" if sending else "waited for"
-        return PeerError(f"stage {other} (rank {link.peer}) is gone while it {did} {message}: {_first_line(error)}")
+        is_upper = link.peer < dist.get_rank()
+        own, other = message.boundary + is_upper, message.boundary + (not is_upper)
+        did = "sent" if sending else "waited for"
+        what = f"stage {other} (rank {link.peer}) is gone: stage {own} {did} {message}"
+        return PeerError(f"{what}: {_first_line(error)}")
 
 
 class _PolledSends:

@@ -463,3 +463,8 @@ def test_saving_into_a_missing_folder_is_a_problem(load, tmp_path):
 
 def test_infinities_do_not_load(problems):
     assert "is not a number" in problems(MINIMAL, "optimizer.lr=.inf")
+
+
+def test_a_launchers_section_is_passed_over_in_a_file_only(load, problems):
+    assert load(MINIMAL + "recipe:\n  chunk_size: 1\n").config == load(MINIMAL).config
+    assert "unknown key recipe.chunk_size" in problems(MINIMAL, "recipe.chunk_size=1")

@@ -1,0 +1,1 @@
+"""Start a run from a recipe: settings, preparation of model and data, then the train command."""

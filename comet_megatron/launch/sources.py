@@ -1,0 +1,181 @@
+"""What MODEL and DATA are, found without changing anything: what is missing is told, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from comet_megatron.checkpoint.model_folder import read_description
+from comet_megatron.config.rules import check_architecture, require
+from comet_megatron.config.schema import Architecture, MemorySizes
+from comet_megatron.data.documents import (
+    PYTHON_STDLIB,
+    Document,
+    DocumentSource,
+    find_documents,
+    python_stdlib_files,
+)
+from comet_megatron.data.shards import MANIFEST_NAME
+from comet_megatron.errors import CheckpointError, DataError
+from comet_megatron.launch.recipe import Recipe
+from comet_megatron.launch.settings import shown
+from comet_megatron.launch.small_model import SmallModel
+
+CHARACTERS_PER_TOKEN = 6  # more than tokenizers make of source code on average
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """MODEL as it was found.
+
+    Attributes:
+        kind: checkpoint (of this project) | hugging_face | small (to be made).
+        path: its folder; of a small model the tokenizer's.
+        memory: of a checkpoint its own, else the recipe's with the ids the new tokens will about get.
+    """
+
+    kind: str
+    path: Path
+    architecture: Architecture
+    memory: MemorySizes
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """DATA as it was found: shards to train on, or texts to make them of."""
+
+    train: Path | None = None
+    eval: Path | None = None
+    texts: DocumentSource | None = None
+    is_joined: bool = False  # all texts make one document
+
+    @property
+    def may_be_held_out(self) -> bool:
+        """Whether there is more than one document; a .jsonl file counts as many."""
+        files = self.texts.files if self.texts is not None else ()
+        return not self.is_joined and (len(files) > 1 or any(file.path.suffix == ".jsonl" for file in files))
+
+
+def find_model(path: Path, recipe: Recipe) -> ModelSource:
+    """What lies at `path`.
+
+    Raises:
+        CheckpointError, ConfigError: nothing, no model, a damaged one, or one of an architecture that is not known.
+    """
+    if not path.exists():
+        advice = "set MODEL to a Hugging Face folder, or to a checkpoint of tools/convert_from_hf.py"
+        if recipe.hub_model:
+            advice = f"hf download {recipe.hub_model} --local-dir {shown(path)}\n  or {advice}"
+        raise CheckpointError(f"there is no model: MODEL={shown(path)} does not exist", way_out=advice)
+    if (path / "model.json").exists():
+        description = read_description(path)
+        return ModelSource("checkpoint", path, description.architecture, description.memory)
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"MODEL={shown(path)} holds no model: neither config.json (Hugging Face) nor model.json (a checkpoint)",
+            way_out="name the folder that holds one of them, with its weights and tokenizer",
+        )
+    from comet_megatron.checkpoint.hf_folder import HfTensors, architecture_of, read_hf_config  # loads torch
+
+    where = str(path / "config.json")
+    architecture = architecture_of(read_hf_config(path), where=where)
+    require(check_architecture(architecture, where=where))
+    with HfTensors(path):
+        pass  # opening them finds what is missing or cut off
+    return _with_memory("hugging_face", path, architecture, recipe)
+
+
+def plan_small_model(small: SmallModel, tokenizer: Path, recipe: Recipe) -> ModelSource:
+    """The model that will be made. Its vocabulary is not known before the tokenizer is loaded, and no rule needs it.
+
+    Raises:
+        DataError: there is no such tokenizer.
+    """
+    if not tokenizer.is_dir():
+        raise DataError(
+            f"recipe.small_model.tokenizer={shown(tokenizer)} does not exist",
+            way_out="name a folder that AutoTokenizer loads, such as tokenizers/python_stdlib_4k",
+        )
+    architecture = Architecture(
+        family="qwen3",
+        num_layers=small.layers,
+        hidden_size=small.hidden_size,
+        ffn_hidden_size=small.ffn_hidden_size,
+        num_attention_heads=small.heads,
+        num_query_groups=small.key_value_heads,
+        head_dim=small.hidden_size // small.heads,
+        vocab_size=1,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        tie_embeddings=small.tied,
+        max_positions=small.max_positions,
+    )
+    return _with_memory("small", tokenizer, architecture, recipe)
+
+
+def _with_memory(kind: str, path: Path, architecture: Architecture, recipe: Recipe) -> ModelSource:
+    """A model that has no memory yet: it will get the recipe's, with new ids after its own."""
+    first, slots = architecture.vocab_size, recipe.global_slots
+    memory = MemorySizes(
+        chunk_size=recipe.chunk_size,
+        stride=recipe.stride,
+        budget=recipe.budget,
+        memory_token_id=first,
+        beacon_id=first + 1 + slots,
+        global_beacon_ids=tuple(range(first + 1, first + 1 + slots)),
+        first_new_id=first,
+    )
+    return ModelSource(kind, path, replace(architecture, vocab_size=first + 2 + slots), memory)
+
+
+def find_data(data: str, path: Path, recipe: Recipe) -> DataSource:
+    """What DATA is: the word python-stdlib, shards, or texts.
+
+    Args:
+        data: as it was given; path: the same as a path.
+
+    Raises:
+        DataError: there is nothing, or nothing that can be read.
+    """
+    if data == PYTHON_STDLIB:
+        return DataSource(texts=python_stdlib_files(), is_joined=True)
+    if (path / MANIFEST_NAME).exists():
+        return DataSource(train=path)
+    if (path / "train" / MANIFEST_NAME).exists():
+        held_out = path / "eval"
+        return DataSource(train=path / "train", eval=held_out if (held_out / MANIFEST_NAME).exists() else None)
+    try:
+        return DataSource(texts=find_documents([str(path)]))
+    except DataError as error:
+        what = f"DATA={shown(path)} cannot be read: {error.what}"
+        if not path.exists():
+            what = f"there is no data: DATA={shown(path)} does not exist"
+        elif path.is_dir():
+            what = f"DATA={shown(path)} holds no files"
+        raise DataError(
+            what,
+            way_out='set DATA to a text file, a .jsonl file with a "text" on each line, a folder of such files, or\n'
+            "  to shards that tools/prepare_data.py made; a document fills a sequence if it has "
+            f"{recipe.sequence_length:,} tokens or more,\n  shorter ones are not joined",
+        ) from error
+
+
+class JoinedDocuments:
+    """All texts as one long document, so that its pieces have the full length.
+
+    Args:
+        num_tokens: enough of the texts for so many tokens; 0: all of them.
+    """
+
+    def __init__(self, texts: DocumentSource, *, num_tokens: int) -> None:
+        self.texts, self.num_tokens = texts, num_tokens
+
+    def __iter__(self) -> Iterator[Document]:
+        parts, characters = [], 0
+        for document in self.texts:
+            parts.append(document.text)
+            characters += len(document.text)
+            if self.num_tokens and characters >= CHARACTERS_PER_TOKEN * self.num_tokens:
+                break
+        yield Document(f"{PYTHON_STDLIB} joined", "\n".join(parts))

@@ -1,0 +1,107 @@
+"""A process that dies or stops ends the run: every other one says who is missing, and exits by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from comet_megatron.testing.runs import write_config, write_data, write_start
+from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
+from comet_megatron.train.callbacks.curve import METRICS_FILE
+
+STAGES = 3
+TIMEOUT_S = 6.0  # of an op; a step takes a fraction of a second
+LIMIT_S = TIMEOUT_S + 25  # until all have exited: noticing, asking the others, two busy cores
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, pool) -> Path:
+    """Of a run that goes on for ever."""
+    folder = tmp_path_factory.mktemp("hang")
+    write_data(folder / "data", tiny_sequences((80, 75, 130, 140)))
+    pool(1).run(write_start, folder / "start", tiny_architecture(), tiny_memory())
+    parallel = {"pp": STAGES, "timeout_s": TIMEOUT_S}
+    return write_config(folder / "c.yaml", folder, parallel=parallel, train={"steps": 10**6})
+
+
+@contextmanager
+def running(config: Path, output: Path, *overrides: str) -> Iterator[list[subprocess.Popen]]:
+    """The stages, each a process that no launcher looks after; they are past the first step."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(STAGES), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "comet_megatron.train", "--config", str(config), f"train.output={output}"]
+    processes = []
+    for rank in range(STAGES):
+        environment = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+        with open(f"{output}.{rank}", "w") as log:
+            processes.append(
+                subprocess.Popen([*command, *overrides], env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / METRICS_FILE).exists() or not (output / METRICS_FILE).read_text().strip():
+            assert time.monotonic() < deadline and all(p.poll() is None for p in processes), said(output)
+            time.sleep(0.2)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def said(output: Path) -> list[str]:
+    """By rank."""
+    return [Path(f"{output}.{rank}").read_text() for rank in range(STAGES)]
+
+
+def wait_for_the_others(processes: list[subprocess.Popen], lost: int) -> list[int]:
+    """Exit codes of all but the lost one."""
+    deadline = time.monotonic() + LIMIT_S
+    return [p.wait(max(deadline - time.monotonic(), 0.1)) for rank, p in enumerate(processes) if rank != lost]
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("lost", [1, 0], ids=["the middle stage", "the first stage, which holds the store"])
+@pytest.mark.parametrize("lose", [kill, stop], ids=["killed", "stopped"])
+def test_all_others_exit_and_name_the_stage_that_is_lost(lose: Callable, lost: int, config, tmp_path):
+    output = tmp_path / "run"
+    with running(config, output) as processes:
+        lose(processes[lost])
+        codes = wait_for_the_others(processes, lost)
+    assert codes == [1, 1], said(output)
+    for rank, text in enumerate(said(output)):
+        if rank != lost:
+            assert f"rank {rank}: run stopped: " in text
+            assert f"stage {lost}" in text, text
+            assert "Traceback" not in text, text
+
+
+def test_the_report_says_what_every_rank_did_last_and_who_does_not_answer(config, tmp_path):
+    output = tmp_path / "run"
+    with running(config, output) as processes:
+        stop(processes[2])
+        wait_for_the_others(processes, lost=2)
+    (report,) = [text for text in said(output) if "what every rank did last" in text]
+    assert "rank 2 (stage 2): NO ANSWER" in report
+    assert "no answer from rank 2 (stage 2): dead or stopped" in report
+    assert "waits for the hidden gradient of sequence" in report and "from stage 2" in report
+    assert "rank 0 (stage 0): " in report and "rank 1 (stage 1): " in report
+    assert f"parallel.timeout_s={TIMEOUT_S:g}" in report

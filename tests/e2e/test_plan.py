@@ -1,0 +1,138 @@
+"""tools/plan.py on a tiny checkpoint: what it prints is the plan, what it draws is a file, what it refuses is told."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from comet_megatron.data.sampler import plan_batch
+from comet_megatron.testing.runs import write_data, write_start
+from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
+
+REPOSITORY = Path(__file__).parents[2]
+LENGTHS = (40, 50, 33, 120, 17, 80)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, pool) -> Path:
+    """A start checkpoint of four layers, data, and a config with nothing but the model's path."""
+    folder = tmp_path_factory.mktemp("plan")
+    write_data(folder / "data", tiny_sequences(LENGTHS))
+    pool(1).run(write_start, folder / "start", tiny_architecture(num_layers=4), tiny_memory())
+    (folder / "c.yaml").write_text(yaml.safe_dump({"model": {"path": str(folder / "start")}}))
+    return folder
+
+
+def run_plan(place: Path, *arguments: str) -> tuple[int, str, str]:
+    """The tool's main: exit code, stdout, stderr."""
+    spec = importlib.util.spec_from_file_location("tool_plan", REPOSITORY / "tools" / "plan.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = tool.main(["--config", str(place / "c.yaml"), *arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def planned(place: Path, *arguments: str) -> str:
+    code, out, err = run_plan(place, *arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_a_config_with_a_model_alone_is_enough_to_plan(place):
+    out = planned(place, "--tokens", "161", "33", "parallel.pp=2", "train.recompute=full", "train.global_batch_size=2")
+    assert "layout   2 processes: TP 1, PP 2, DP 1, ZeRO-1; fp32, recompute full" in out
+    assert "step     2 sequences, 194 tokens: 12 chunks (10 + 2)" in out
+    assert re.search(r"schedule slack 1: bubble \d+\.\d%, .* as fast as the lower bound", out)
+    assert re.search(r"links    1, each carries 12 messages, \d+\.\d\d kB in a step each way", out)
+
+
+def test_the_table_has_a_line_for_each_stage_and_their_sums_are_the_model(place):
+    out = planned(
+        place, "--tokens", "161", "parallel.pp=3", "parallel.layers_per_stage=[2, 1, 1]", "train.recompute=full"
+    )
+    assert "PP 3: 2 + 1 + 1 layers (as given" in out
+    head, *rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
+    assert [row[:3] for row in rows] == [["0", "2", "(0-1)"], ["1", "1", "(2-2)"], ["2", "1", "(3-3)"]]
+    assert head[-2:] == ["all", "MB"]
+    weights, gradients, optimizer, live, kept, total = ([float(row[i]) for row in rows] for i in range(5, 11))
+    assert gradients == weights and optimizer == pytest.approx([2 * w for w in weights], abs=0.011)
+    assert live == [10, 10, 10]
+    columns = zip(weights, gradients, optimizer, kept, strict=True)
+    assert total == pytest.approx([sum(row) for row in columns], abs=0.025)
+
+
+def test_without_lengths_the_first_step_of_the_first_data_parallel_rank_is_planned(place):
+    settings = ["parallel.pp=2", "train.global_batch_size=4", "data.seed=5", f"data.train={place / 'data'}"]
+    out = planned(place, "--processes", "4", *settings)
+    samples = plan_batch(0, global_batch_size=4, dp_rank=0, dp_size=2, num_samples=len(LENGTHS), seed=5)
+    chunks = [-(-(LENGTHS[sample] - 1) // 16) for sample in samples]
+    assert f"{sum(LENGTHS[sample] for sample in samples)} tokens: {sum(chunks)} chunks" in out
+    assert f"({' + '.join(map(str, chunks))})" in out
+    assert "PP 2, DP 2" in out
+
+
+def test_without_recomputation_live_graphs_are_counted_and_their_size_is_not_made_up(place):
+    out = planned(place, "--tokens", "161", "parallel.pp=2", "train.global_batch_size=2")
+    assert "checkpoints" not in out and "live chunks" in out
+    assert re.search(r"train\.recompute=full would keep \d+\.\d\d kB at most", out)
+
+
+def test_one_process_has_no_schedule_to_tell(place):
+    out = planned(place, "--tokens", "161")
+    assert "PP 1: 4 layers\n" in out and "schedule" not in out and "links" not in out
+
+
+def test_the_step_is_drawn_and_traced(place, tmp_path):
+    given = ["parallel.pp=2", "train.global_batch_size=2", "--tokens", "65"]
+    out = planned(place, *given, "--timeline", str(tmp_path / "new" / "t.png"))
+    assert f"timeline {tmp_path / 'new' / 't.png'}" in out
+    assert (tmp_path / "new" / "t.png").read_bytes().startswith(b"\x89PNG")
+    planned(place, *given, "--timeline", str(tmp_path / "t.json"))
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == 2 * 2 * 4  # stages, forward and backward, chunks
+
+
+def test_values_left_open_in_the_file_do_not_stop_a_plan(place, tmp_path):
+    content = {
+        "model": {"path": str(place / "start")},
+        "data": {"train": "???", "eval": "???"},
+        "train": {"output": "???", "steps": "???", "eval_every": 5},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    assert "1 sequence, 33 tokens: 2 chunks" in planned(tmp_path, "--tokens", "33")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tokens", "0"], "a sequence of 0 tokens"),
+        (["--tokens", "100", "1"], "a sequence of 1 tokens"),
+        (["--tokens", "many"], "--tokens many: a length is a whole number"),
+        ([], "data.train has no value"),
+        (["data.train=nowhere"], "--tokens"),
+        (["--tokens", "40", "model.path=nowhere"], "there is no checkpoint folder"),
+        (["--tokens", "40", "train.recompute=some", "optimizer.lr=-1"], "2 problems"),
+        (["--tokens", "40", "parallel.tp=3"], "parallel.tp=3 does not divide"),
+        (["--tokens", "40", "--processes", "0"], "--processes 0"),
+        (["--tokens", "40", "--timeline", "t.svg"], "neither a .png nor a .json"),
+        (["--tokens", "40", "train.stepz=3"], "train.stepz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_clear_message(place, arguments, says):
+    code, out, message = run_plan(place, *arguments)
+    assert (code, out) == (2, "")
+    assert says in message and "Traceback" not in message
+
+
+def test_a_file_in_the_way_of_the_picture_is_told(place, tmp_path):
+    (tmp_path / "t.png").mkdir()
+    code, _, message = run_plan(place, "--tokens", "40", "--timeline", str(tmp_path / "t.png"))
+    assert code == 2 and "the timeline cannot be written" in message

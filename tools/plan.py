@@ -1,0 +1,298 @@
+"""Plan a pipeline before it runs: who holds which layers, how long stages wait, bytes of each rank and each link.
+
+python tools/plan.py --config FILE                            the first step's sequences, from data.train
+python tools/plan.py --config FILE --tokens 131072 131072     sequences of these lengths in a step of one pipeline
+python tools/plan.py --config FILE --tokens 131072 --timeline diagonal.png parallel.pp=8 train.recompute=full
+
+Only model.json of model.path is read, no weights; nothing is started. Times are FLOPs, simulated with the op lists that
+training runs: what a machine makes of them is measured, not planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from comet_megatron.checkpoint.model_folder import ModelDescription, read_description
+from comet_megatron.config.load import LoadedConfig, load_config
+from comet_megatron.config.rules import check_config, check_layout, require
+from comet_megatron.config.schema import REQUIRED, Config
+from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.data.sampler import plan_batch
+from comet_megatron.errors import CometError, ConfigError, DataError, OutputError, report_user_errors
+from comet_megatron.new_folder import make_folder
+from comet_megatron.parallel.timeline import draw_timeline, write_chrome_trace
+from comet_megatron.planning.balance import describe_split
+from comet_megatron.planning.report import PipelineReport, check_sequences, plan_pipeline
+
+NOT_GIVEN = "(not given)"
+# A plan does without these: what stands in for them where the file gives no value.
+STAND_INS = {"train.output": NOT_GIVEN, "train.steps": "1000000", "data.train": NOT_GIVEN, "data.eval": NOT_GIVEN}
+UNIT_OF_TIME = "one layer's forward of a full chunk"
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+GIVE_TOKENS = "state the lengths of a step's sequences: --tokens 131072 131072"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file (examples/configs/)")
+    parser.add_argument(
+        "--tokens", nargs="+", default=[], metavar="N", help="length of each sequence of a step of one pipeline"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="of the run (parallel.tp * parallel.pp)")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="draw the simulated step: .png, or .json for ui.perfetto.dev"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    given = parser.parse_intermixed_args(arguments)
+    # argparse gives all words after --tokens to it, the settings too.
+    given.overrides += [word for word in given.tokens if "=" in word]
+    given.tokens = [word for word in given.tokens if "=" not in word]
+    return given
+
+
+@report_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    given = parse_arguments(arguments)
+    stated = read_lengths(given.tokens)
+    if given.timeline and given.timeline.suffix not in (".png", ".json"):
+        raise ConfigError(f"--timeline {given.timeline} is neither a .png nor a .json file")
+    loaded = load_config(given.config, [*stand_ins(given.config), *given.overrides])
+    config = loaded.config
+    processes = config.parallel.tp * config.parallel.pp if given.processes is None else given.processes
+    if given.processes is not None and processes < 1:
+        raise ConfigError(f"--processes {processes} must be 1 or more")
+    description = check(loaded, processes=processes)
+    dp = processes // (config.parallel.tp * config.parallel.pp)
+    lengths, longest = (stated, max(stated)) if stated else first_batch(config, dp=dp)
+    report = plan_pipeline(config, description.architecture, description.memory, lengths, longest=longest, dp=dp)
+    print("\n".join(describe(report, config, description, processes=processes, dp=dp)))
+    if given.timeline:
+        write_timeline(report, given.timeline)
+    return 0
+
+
+def read_lengths(words: Sequence[str]) -> list[int]:
+    """--tokens as numbers.
+
+    Raises:
+        ConfigError: a word is no whole number, or a sequence has nothing to train on.
+    """
+    try:
+        lengths = [int(word) for word in words]
+    except ValueError:
+        raise ConfigError(f"--tokens {' '.join(words)}: a length is a whole number", way_out=GIVE_TOKENS) from None
+    if lengths:
+        check_sequences(lengths)
+    return lengths
+
+
+def stand_ins(path: Path) -> list[str]:
+    """Overrides for what a plan does without and the file leaves open. What is wrong with it, load_config tells."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return []
+    found = []
+    for key, value in STAND_INS.items():
+        section, _, name = key.partition(".")
+        default = getattr(getattr(Config(), section), name)
+        inner = content.get(section) if isinstance(content, dict) else None
+        if (inner.get(name, default) if isinstance(inner, dict) else default) == REQUIRED:
+            found.append(f"{key}={value}")
+    return found
+
+
+def check(loaded: LoadedConfig, *, processes: int) -> ModelDescription:
+    """The model.
+
+    Raises:
+        ConfigError: all problems of the configuration, the model and the layout together.
+    """
+    config, where = loaded.config, loaded.where
+    problems: list[CometError] = list(check_config(config, where=where))
+    description = None
+    try:
+        description = read_description(Path(config.model.path))
+        problems += check_layout(
+            config, description.architecture, description.memory, world_size=processes, where=where
+        )
+    except CometError as error:
+        problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    require(problems)
+    assert description is not None
+    return description
+
+
+def first_batch(config: Config, *, dp: int) -> tuple[list[int], int]:
+    """Text tokens of the sequences of the first step on the first data-parallel rank, and of the longest of all steps.
+
+    Sequences without a label are left out, as in training.
+
+    Raises:
+        ConfigError: the data are not there.
+    """
+    if config.data.train == NOT_GIVEN:
+        raise ConfigError("data.train has no value, so the sequences of a step are not known", way_out=GIVE_TOKENS)
+    try:
+        data = ShardDataset(config.data.train)
+    except DataError as error:
+        what = f"the sequences of a step are not known: {error.what}"
+        raise ConfigError(what, where=error.where, way_out=GIVE_TOKENS) from error
+    if len(data) == 0:
+        raise ConfigError(f"data.train={data.folder} holds no samples", way_out=GIVE_TOKENS)
+    samples = plan_batch(
+        0,
+        global_batch_size=config.train.global_batch_size,
+        dp_rank=0,
+        dp_size=dp,
+        num_samples=len(data),
+        seed=config.data.seed,
+    )
+    return [length for length in data.lengths[samples].tolist() if length > 1], int(data.lengths.max())
+
+
+def write_timeline(report: PipelineReport, path: Path) -> None:
+    """The simulated step as a picture or as a trace."""
+    make_folder(path.parent)
+    told = f"timeline {path}"
+    try:
+        if path.suffix == ".json":
+            write_chrome_trace(report.timeline, path, seconds_per_unit=1e-3)
+            told += f": open it at ui.perfetto.dev; a millisecond stands for {UNIT_OF_TIME}"
+        else:
+            stages, sequences = counted(len(report.stages), "stage"), counted(len(report.chunks), "sequence")
+            title = f"A step of {sequences} on {stages}, simulated"
+            draw_timeline(report.timeline, path, title=title, time_label=f"time ({UNIT_OF_TIME} = 1)")
+    except OSError as error:
+        raise OutputError(f"the timeline cannot be written: {error.strerror or error}", where=str(path)) from error
+    print(told)
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def describe(
+    report: PipelineReport, config: Config, description: ModelDescription, *, processes: int, dp: int
+) -> list[str]:
+    """The plan in lines."""
+    return [
+        *_describe_run(config, description, processes=processes, dp=dp),
+        *_describe_schedule(report, config),
+        "",
+        *_stage_table(report, config),
+        "",
+        *_remarks(report, config),
+    ]
+
+
+def _describe_run(config: Config, description: ModelDescription, *, processes: int, dp: int) -> list[str]:
+    architecture, memory, parallel = description.architecture, description.memory, config.parallel
+    temporary = f"a beacon every {memory.stride} tokens, budget {memory.budget}" if memory.stride > 0 else "no beacons"
+    tensor = f"TP {parallel.tp}{' with sequence parallelism' if parallel.sequence_parallel else ''}"
+    return [
+        f"model    {config.model.path}: {architecture.family}, {counted(architecture.num_layers, 'layer')}, "
+        f"hidden {architecture.hidden_size}, vocabulary {architecture.vocab_size}",
+        f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
+        f"layout   {counted(processes, 'process')}: {tensor}, PP {parallel.pp}, DP {dp}"
+        f"{', ZeRO-1' if parallel.zero1 else ''}; {config.model.precision}, recompute {config.train.recompute}",
+    ]
+
+
+def _describe_schedule(report: PipelineReport, config: Config) -> list[str]:
+    chunks = counted(sum(report.chunks), "chunk")
+    if len(report.chunks) > 1:
+        chunks += f" ({listed(report.chunks, ' + ')})"
+    lines = [
+        describe_split(report.layers_per_stage, report.costs, setting=config.parallel.layers_per_stage),
+        f"step     {counted(len(report.tokens), 'sequence')}, {sum(report.tokens):,} tokens: {chunks}",
+    ]
+    if report.links:
+        unequal = 1 - 1 / max(stage.share_of_work for stage in report.stages)
+        longer = report.whole_sequences.makespan / report.timeline.makespan
+        lines += [
+            f"schedule slack {config.parallel.slack}: bubble {report.timeline.bubble:.1%}, of which "
+            f"{unequal:.1%} as stages' work is unequal; {report.efficiency:.1%} as fast as the lower bound",
+            f"         1F1B of whole sequences: bubble {report.whole_sequences.bubble:.1%}, "
+            f"a step {longer:.2f} times as long",
+            f"links    {report.links}, each carries {counted(report.messages, 'message')}, {size(report.link_bytes)} "
+            f"in a step each way{', on each TP rank' if config.parallel.tp > 1 else ''}",
+        ]
+    return lines
+
+
+def _stage_table(report: PipelineReport, config: Config) -> list[str]:
+    """Aligned columns, one line a stage; bytes in one unit."""
+    recompute = config.train.recompute == "full"
+    unit = unit_of(max(stage.state.total + stage.checkpoint_bytes for stage in report.stages))
+    in_unit = [f"{what} {unit}" for what in ("weights", "gradients", "optimizer")]
+    rows = [["stage", "layers", "weights M", "work", *in_unit, "live chunks"]]
+    if recompute:
+        rows[0] += [f"checkpoints {unit}", f"in all {unit}"]
+    for number, stage in enumerate(report.stages):
+        state = stage.state
+        row = [
+            str(number),
+            f"{len(stage.layers)} ({stage.layers.start}-{stage.layers.stop - 1})",
+            f"{stage.parameters.all / 1e6:,.1f}",
+            f"{stage.share_of_work:.2f}",
+            *(scaled(count, unit) for count in (state.weights, state.gradients, state.optimizer)),
+            str(stage.live_chunks),
+        ]
+        if recompute:
+            row += [scaled(count, unit) for count in (stage.checkpoint_bytes, state.total + stage.checkpoint_bytes)]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _remarks(report: PipelineReport, config: Config) -> list[str]:
+    """What the table does not count."""
+    lines = ["Bytes are of one rank. Not counted: the graph of the chunk in work, a slice of logits, buffers."]
+    if config.train.recompute != "full":
+        most = max(stage.checkpoint_bytes for stage in report.stages)
+        lines.append(
+            "Without recomputation each live chunk keeps its whole graph, also not counted; "
+            f"train.recompute=full would keep {size(most)} at most."
+        )
+    return lines
+
+
+def unit_of(count: float) -> str:
+    """In which bytes are told to people."""
+    return next(unit for unit, factor in reversed(UNITS.items()) if count >= factor or factor == 1)
+
+
+def scaled(count: float, unit: str) -> str:
+    """Bytes as a number of `unit`."""
+    return f"{count / UNITS[unit]:,.{0 if unit == 'B' else 2}f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `14.42 MB`."""
+    return f"{scaled(count, unit_of(count))} {unit_of(count)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 layer`, `2 processes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural if count != 1 else ''}"
+
+
+def listed(values: Sequence[int], joint: str) -> str:
+    """All the values if they are few, else how they range."""
+    if len(values) <= 8:
+        return joint.join(map(str, values))
+    return f"{min(values)} to {max(values)} a sequence"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
