@@ -104,7 +104,7 @@ def stand_ins(path: Path) -> list[str]:
         section, _, name = key.partition(".")
         default = getattr(getattr(Config(), section), name)
         inner = content.get(section) if isinstance(content, dict) else None
-        if (inner.get(name, default) if isinstance(inner, dict) else default) == REQUIRED:
+        if (inner.get(name, default) if isinstance(inner, dict) else default) in (REQUIRED, ""):
             found.append(f"{key}={value}")
     return found
 

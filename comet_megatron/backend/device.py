@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 
 import torch
 
 from comet_megatron.errors import ConfigError
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ def set_cpu_threads(threads: int | str, *, processes_on_this_machine: int) -> in
         threads = max(1, len(os.sched_getaffinity(0)) // processes_on_this_machine)
     torch.set_num_threads(int(threads))
     return int(threads)
+
+
+def keep_large_tensors_apart() -> bool:
+    """On CPU, give every tensor of 128 KiB or more a mapping of its own; whether this machine's malloc can (glibc).
+
+    It does so at first, and stops when the first large one is freed: then what a chunk leaves behind for its backward
+    lies between large tensors that come and go, and none of their memory can be given back. Costs no time that could be
+    measured (docs/performance.md).
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024))
+    except (OSError, AttributeError):
+        return False
 
 
 def peak_memory_bytes(device: Device) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,7 +41,8 @@ class _Timed:
     op: Op
     start: Mark
     end: Mark | None = None
-    waited: list[tuple[Mark, Mark]] | None = None
+    waits: list[tuple[Mark, Mark]] = field(default_factory=list)  # before the work
+    waits_after: list[tuple[Mark, Mark]] = field(default_factory=list)
 
 
 class Activity:
@@ -72,15 +73,19 @@ class Activity:
         self.state = State(since_s=time.monotonic())
 
     @contextmanager
-    def waiting(self, what: object) -> Iterator[None]:
-        """Wait inside, in an op, for `what` (read with str() only if somebody asks)."""
+    def waiting(self, what: object, *, after_work: bool = False) -> Iterator[None]:
+        """Wait inside, in an op, for `what` (read with str() only if somebody asks).
+
+        Args:
+            after_work: the op's work is done, else it has not begun.
+        """
         before = self.state
         self.state = State(before.doing, what, time.monotonic(), True)  # type: ignore[arg-type]
         start = self._mark()
         yield
         if self._timed and self._timed[-1].end is None:
             timed = self._timed[-1]
-            timed.waited = [*(timed.waited or ()), (start, self._mark())]
+            (timed.waits_after if after_work else timed.waits).append((start, self._mark()))
         self.state = State(before.doing, since_s=time.monotonic(), limited=before.limited)
 
     @contextmanager
@@ -115,19 +120,19 @@ class Activity:
         self._zero, self._timed = self._mark(), []
 
     def spans(self) -> list[Span]:
-        """Ops since `clear`, in seconds since then; an op's waiting, which is at its start, is left out.
+        """Ops since `clear`, in seconds since then, without their waiting.
 
         On a GPU this waits for the device.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
-        spans = []
-        for timed in self._timed:
-            waited = sum(self._seconds(a, b) for a, b in timed.waited or ())
-            spans.append(
-                Span(timed.op, self._seconds(self._zero, timed.start) + waited, self._seconds(self._zero, timed.end))
-            )
-        return spans
+        return [Span(t.op, self._begin(t), self._finish(t)) for t in self._timed]
+
+    def _begin(self, timed: _Timed) -> float:
+        return self._seconds(self._zero, timed.start) + sum(self._seconds(a, b) for a, b in timed.waits)
+
+    def _finish(self, timed: _Timed) -> float:
+        return self._seconds(self._zero, timed.end) - sum(self._seconds(a, b) for a, b in timed.waits_after)
 
     def _mark(self) -> Mark:
         if not self._on_gpu:

@@ -34,6 +34,7 @@ from comet_megatron.parallel.schedule import (
     plan_stage,
     recompute_everything,
     recompute_nothing,
+    window_of,
     without_needless_recompute,
 )
 from comet_megatron.parallel.simulator import merge_op_lists
@@ -261,7 +262,8 @@ class _Run:
         self.observed = {(s, m): _Observed() for s in executor.stages for m in range(len(self.worked))}
         self.window = None if settings.bptt_chunks == "all" else int(settings.bptt_chunks)
         executor.activity.clear()
-        executor.transport.start([e for stage, ops in lists.items() for e in self._expected(stage, ops)])
+        expected = [e for stage, ops in lists.items() for e in self._expected(stage, ops)]
+        executor.transport.start(expected, window=window_of(settings.slack))
 
     def _expected(self, stage: int, ops: Sequence[Op]) -> list[Expected]:
         expected = []
@@ -305,6 +307,10 @@ class _Run:
         with self.executor.activity.waiting(message):
             return self.executor.transport.receive(message)
 
+    def _send(self, message: Message, tensor: Tensor) -> None:
+        with self.executor.activity.waiting(f"room to send {message}", after_work=True):
+            self.executor.transport.send(message, tensor)
+
     def _forward(self, op: Op, stage: CometStage) -> None:
         microbatch = self.worked[op.sequence]
         chunk = build_chunk_tensors(
@@ -324,7 +330,7 @@ class _Run:
         with torch.set_grad_enabled(keeps_graph) if trains else nullcontext():
             hidden, written = stage(chunk, entering, hidden_in)
         if op.stage < self.last_stage:
-            self.executor.transport.send(Message(False, op.stage, op.sequence, op.chunk), hidden.detach())
+            self._send(Message(False, op.stage, op.sequence, op.chunk), hidden.detach())
         elif not trains:
             loss = head_loss(stage, hidden, chunk, slice_tokens=self.settings.slice_tokens)
             self.losses[op.sequence, op.chunk] = loss
@@ -381,7 +387,7 @@ class _Run:
             leaf = record.hidden_in
             # The stage before expects a message whatever the labels.
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            self.executor.transport.send(Message(True, op.stage - 1, op.sequence, op.chunk), gradient)
+            self._send(Message(True, op.stage - 1, op.sequence, op.chunk), gradient)
 
     # --- results ------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,8 @@ plan on both sides and never sent.
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,11 +54,16 @@ class Expected(NamedTuple):
 class Transport(Protocol):
     """Carries messages between stages."""
 
-    def start(self, expected: Sequence[Expected]) -> None:
-        """Before the first op: all messages to come, in the order in which they will be asked for."""
+    def start(self, expected: Sequence[Expected], *, window: int) -> None:
+        """Before the first op.
+
+        Args:
+            expected: all messages to come, in the order in which they will be asked for.
+            window: messages of one direction that may be on their way (schedule.window_of).
+        """
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        """Hand on a tensor, which must not be changed any more; does not wait."""
+        """Hand on a tensor, which must not be changed any more; waits only while `window` others are on their way."""
 
     def receive(self, message: Message) -> Tensor:
         """Wait for a message; the tensor is the receiver's own."""
@@ -74,7 +78,7 @@ class LocalTransport:
     def __init__(self) -> None:
         self._held: dict[Message, Tensor] = {}
 
-    def start(self, expected: Sequence[Expected]) -> None:
+    def start(self, expected: Sequence[Expected], *, window: int) -> None:
         self._held.clear()
 
     def send(self, message: Message, tensor: Tensor) -> None:
@@ -144,8 +148,9 @@ class DistributedTransport:
         self.links, self.device = links, device
         self._to_post: dict[tuple[bool, int], deque[Expected]] = {}
         self._posted: dict[tuple[bool, int], tuple[Message, Tensor, dist.Work]] = {}
-        backends = {dist.get_backend(link.forward) for link in links.values()}
-        self._sent = _WaitedSends() if backends == {"gloo"} else _PolledSends()
+        self._window = 1
+        on_gloo = {dist.get_backend(link.forward) for link in links.values()} == {"gloo"}
+        self._sent: dict[tuple[bool, int], _Sends] = defaultdict(_ThreadSends if on_gloo else _StreamSends)
 
     def warm_up(self) -> None:
         """One small message each way over every link, in a fixed order: connections stand before the first step.
@@ -161,8 +166,9 @@ class DistributedTransport:
                 else:
                     dist.recv(token, link.peer, group=group)
 
-    def start(self, expected: Sequence[Expected]) -> None:
+    def start(self, expected: Sequence[Expected], *, window: int) -> None:
         assert not self._posted, "the last step left messages behind"
+        self._window = window
         self._to_post = {}
         for one in expected:
             self._to_post.setdefault((one.message.is_gradient, one.message.boundary), deque()).append(one)
@@ -195,13 +201,15 @@ class DistributedTransport:
         link = self.links[message.boundary]
         tensor = tensor.contiguous()
         try:
-            self._sent.add(dist.isend(tensor, link.peer, group=link.group(message)), tensor)
+            work = dist.isend(tensor, link.peer, group=link.group(message))
+            self._sent[message.is_gradient, message.boundary].add(work, tensor, window=self._window)
         except RuntimeError as error:
             raise self._gone(message, error, sending=True) from error
 
     def finish(self) -> None:
         try:
-            self._sent.finish()
+            for sent in self._sent.values():
+                sent.finish()
         except RuntimeError as error:
             raise PeerError(f"a neighbouring stage is gone: {_first_line(error)}") from error
 
@@ -214,50 +222,69 @@ class DistributedTransport:
         return PeerError(f"{what}: {_first_line(error)}")
 
 
-class _PolledSends:
-    """Keeps what is being sent until its work says that it is done (NCCL)."""
+class _Sends(Protocol):
+    """Messages of one direction that are on their way."""
+
+    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
+        """Keep a message until it is sent; wait for the oldest while there are more than `window`."""
+
+    def finish(self) -> None:
+        """Wait for all."""
+
+
+class _StreamSends:
+    """NCCL: waiting for a work holds up the stream that computes, not this process."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def add(self, work: dist.Work, tensor: Tensor) -> None:
+    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
         self._pending.append((work, tensor))
-        while self._pending and self._pending[0][0].is_completed():
-            self._pending.popleft()
+        while len(self._pending) > window:
+            self._pending.popleft()[0].wait()
 
     def finish(self) -> None:
         while self._pending:
             self._pending.popleft()[0].wait()
 
 
-class _WaitedSends:
-    """Keeps what is being sent until a thread has waited for it: gloo's works never say that they are done."""
+class _ThreadSends:
+    """gloo: its works never say that they are done, so a thread waits for them."""
 
     def __init__(self) -> None:
-        self._pending: queue.SimpleQueue[tuple[dist.Work, Tensor] | None] = queue.SimpleQueue()
+        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._changed = threading.Condition()
         self._error: RuntimeError | None = None
         self._thread: threading.Thread | None = None
 
     def _wait(self) -> None:
-        while (sent := self._pending.get()) is not None:
+        while True:
+            with self._changed:
+                if not self._pending:
+                    self._thread = None
+                    return
+                work = self._pending[0][0]
             try:
-                sent[0].wait()
+                work.wait()
             except RuntimeError as error:
                 self._error = error
-            del sent
+            del work
+            with self._changed:
+                self._pending.popleft()
+                self._changed.notify_all()
 
-    def add(self, work: dist.Work, tensor: Tensor) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._wait, name="sent messages", daemon=True)
-            self._thread.start()
-        self._pending.put((work, tensor))
+    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
+        with self._changed:
+            self._pending.append((work, tensor))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, name="sent messages", daemon=True)
+                self._thread.start()
+            self._changed.wait_for(lambda: len(self._pending) <= window or self._error)
         self._raise()
 
     def finish(self) -> None:
-        if self._thread is not None:
-            self._pending.put(None)
-            self._thread.join()
-            self._thread = None
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending or self._error)
         self._raise()
 
     def _raise(self) -> None:

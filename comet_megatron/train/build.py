@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from comet_megatron.backend.device import select_device, set_cpu_threads
+from comet_megatron.backend.device import keep_large_tensors_apart, select_device, set_cpu_threads
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state, load_weights
 from comet_megatron.config.schema import Config
@@ -48,6 +48,7 @@ def build_trainer(
     device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
+        keep_large_tensors_apart()
         threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
     parallel = config.parallel
     layout = build_layout(

@@ -28,7 +28,7 @@ def write_profile(activity: Activity, layout: Layout, run: Path, *, step: int) -
         return None
     make_folder(run / PROFILE)
     picture = run / PROFILE / f"timeline_step_{step}.png"
-    draw_timeline(timeline, picture, title=f"step {step}, measured")
+    draw_timeline(timeline, picture, title=f"step {step}, measured", time_label="seconds")
     write_chrome_trace(timeline, picture.with_suffix(".json"))
     return picture
 

@@ -19,6 +19,7 @@ from comet_megatron.parallel.schedule import (
     plan_whole_sequences,
     recompute_everything,
     recompute_nothing,
+    window_of,
     without_needless_recompute,
 )
 from comet_megatron.parallel.simulator import cost_by_kind, replay
@@ -381,3 +382,62 @@ def test_the_smallest_values_are_allowed():
 def test_a_slack_below_zero_is_refused_with_the_value():
     with pytest.raises(ConfigError, match="slack of -1 is below 0"):
         plan_schedule(Workload(2, (3,), recompute=recompute_nothing), slack=-1)
+
+
+# --- messages on their way -------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One process that sends without waiting only while at most `window` messages of a direction are unread."""
+
+    def __init__(self, number: int, ops, last: int) -> None:
+        self.number, self.ops, self.last = number, ops, last
+        self.place, self.is_sending = 0, False
+
+    def neighbour(self, op: Op, *, sends: bool) -> int | None:
+        """The stage that an op's message goes to or comes from."""
+        if op.kind is not Kind.FORWARD and op.kind not in PASSES_GRADIENT_ON:
+            return None
+        other = self.number + (1 if (op.kind is Kind.FORWARD) == sends else -1)
+        return other if 0 <= other <= self.last else None
+
+    def moves(self, sent: Counter, read: Counter, window: int) -> bool:
+        """Do the next op, or find room for its message; whether either could be done."""
+        if self.place == len(self.ops):
+            return False
+        op = self.ops[self.place]
+        target, source = self.neighbour(op, sends=True), self.neighbour(op, sends=False)
+        if not self.is_sending:
+            if source is not None:
+                if read[source, self.number] == sent[source, self.number]:
+                    return False
+                read[source, self.number] += 1
+            self.is_sending = True
+            if target is not None:
+                sent[self.number, target] += 1
+        if target is not None and sent[self.number, target] - read[self.number, target] > window:
+            return False
+        self.place, self.is_sending = self.place + 1, False
+        return True
+
+
+def finish(plan, window: int) -> bool:
+    """Whether all stages come to their end."""
+    found = [Stage(number, ops, len(plan) - 1) for number, ops in enumerate(plan)]
+    sent, read = Counter(), Counter()
+    while any(stage.moves(sent, read, window) for stage in found):
+        pass
+    return all(stage.place == len(stage.ops) for stage in found)
+
+
+@thorough
+@given(workloads, slacks)
+def test_no_stages_lock_each_other_when_few_messages_may_be_on_their_way(work, slack):
+    plan = plan_schedule(work, slack=slack)
+    assert finish(plan, window_of(slack))
+    assert finish(plan, slack + 1)  # the least that the argument in window_of allows
+
+
+def test_fewer_messages_than_a_stage_runs_ahead_would_lock_it():
+    plan = plan_schedule(Workload(4, (8, 8)), slack=3)
+    assert finish(plan, 4) and not finish(plan, 0)
