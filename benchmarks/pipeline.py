@@ -59,7 +59,7 @@ REACH = {1: 1.7, 4: 1.8}  # of the speed-up, by M, where two cores are worth two
 SHORT, LONG = 32_768, 131_072
 TINY = Architecture(
     family="qwen3",
-    num_layers=4,
+    num_layers=8,
     hidden_size=256,
     ffn_hidden_size=512,
     num_attention_heads=4,
@@ -71,13 +71,13 @@ TINY = Architecture(
     tie_embeddings=False,
 )
 TINY_MEMORY = MemorySizes(
-    chunk_size=2048,
+    chunk_size=1024,
     stride=8,
     budget=512,
-    memory_token_id=900,
-    beacon_id=965,
-    global_beacon_ids=tuple(range(901, 965)),
-    first_new_id=900,
+    memory_token_id=800,
+    beacon_id=929,
+    global_beacon_ids=tuple(range(801, 929)),
+    first_new_id=800,
 )
 TIMEOUT_S = 1800
 

@@ -60,14 +60,14 @@ def set_cpu_threads(threads: int | str, *, processes_on_this_machine: int) -> in
 
 
 def keep_large_tensors_apart() -> bool:
-    """On CPU, give every tensor of 128 KiB or more a mapping of its own; whether this machine's malloc can (glibc).
+    """On CPU, give every tensor of 64 KiB or more a mapping of its own; whether this machine's malloc can (glibc).
 
-    It does so at first, and stops when the first large one is freed: then what a chunk leaves behind for its backward
+    By itself it does so from 128 KiB on, and stops when the first large one is freed: then what a chunk leaves behind for its backward
     lies between large tensors that come and go, and none of their memory can be given back. Costs no time that could be
     measured (docs/performance.md).
     """
     try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024))
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024))
     except (OSError, AttributeError):
         return False
 

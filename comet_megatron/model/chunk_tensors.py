@@ -80,17 +80,18 @@ class ChunkTensors:
     Attributes:
         plan: the layout it was built from.
         ids: int64 [b, rows], padded at the end to a multiple of the sequence shards. Padding is never attended to.
+            None where they are not embedded.
         num_rows: rows with the padding.
         beacon_rows: global beacons, then the others; they write memory where plan.writes_memory.
         beacon_numbers: int64, of the beacons that this rank holds, in the order of beacon_rows.local: the number of
             their id among the ids that were added for CoMeT.
-        labelled_rows: text rows with a label in any sequence of the batch.
+        labelled_rows: text rows with a label in any sequence of the batch; like `labels` empty where the head is not.
         labels: int64 [labelled, b].
         num_labels: labels that count.
     """
 
     plan: ChunkPlan
-    ids: Tensor
+    ids: Tensor | None
     num_rows: int
     beacon_rows: RowSelection
     beacon_numbers: Tensor
@@ -107,18 +108,22 @@ def build_chunk_tensors(
     *,
     shards: SequenceShards,
     device: torch.device,
+    has_embedding: bool = True,
+    has_head: bool = True,
 ) -> ChunkTensors:
-    """Tensors of one chunk.
+    """Tensors of one chunk, as far as a stage needs them.
 
     Args:
         token_ids: text ids of the whole sequences, [b, tokens].
         labels: next-token labels of the whole sequences, [b, tokens], IGNORE_LABEL where there is none.
     """
     num_rows = -(-plan.num_rows // shards.size) * shards.size
-    ids = np.full((len(token_ids), num_rows), sizes.beacon_id if sizes.stride > 0 else 0, dtype=np.int64)
-    for row, sequence in zip(ids, token_ids, strict=True):
-        row[: plan.num_rows] = plan.row_ids(sequence, sizes)
-    chunk_labels = labels[:, plan.text_start : plan.text_end].T
+    ids = None
+    if has_embedding:
+        ids = np.full((len(token_ids), num_rows), sizes.beacon_id if sizes.stride > 0 else 0, dtype=np.int64)
+        for row, sequence in zip(ids, token_ids, strict=True):
+            row[: plan.num_rows] = plan.row_ids(sequence, sizes)
+    chunk_labels = labels[:, plan.text_start : plan.text_end if has_head else plan.text_start].T
     labelled = np.flatnonzero((chunk_labels != IGNORE_LABEL).any(axis=1))
     kept_labels = np.ascontiguousarray(chunk_labels[labelled])
     where = {"rows_per_rank": num_rows // shards.size, "shards": shards, "device": device}
@@ -129,7 +134,7 @@ def build_chunk_tensors(
         beacon_ids = beacon_ids[_rows_of_rank(beacons, where["rows_per_rank"], shards)]
     return ChunkTensors(
         plan=plan,
-        ids=torch.from_numpy(ids).to(device),
+        ids=None if ids is None else torch.from_numpy(ids).to(device),
         num_rows=num_rows,
         beacon_rows=beacon_rows,
         beacon_numbers=torch.from_numpy(beacon_ids.astype(np.int64) - sizes.first_new_id).to(device),

@@ -320,6 +320,8 @@ class _Run:
             stage.memory_sizes,
             shards=stage.shards,
             device=stage.device,
+            has_embedding=stage.has_embedding,
+            has_head=stage.has_head,
         )
         entering = self._entering(op, stage)
         hidden_in = self._receive(op)

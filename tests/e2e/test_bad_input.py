@@ -203,6 +203,26 @@ TRAIN = {
     "more tensor parallelism than processes": Mistake(
         ("parallel.tp=2 needs at least 2 processes, and there is 1",), typed=("parallel.tp=2",)
     ),
+    "more stages than layers": Mistake(
+        ("parallel.pp=3 stages are more than the model's 1 layer",), typed=("parallel.pp=3",)
+    ),
+    "layers that do not add up": Mistake(
+        ("parallel.layers_per_stage=[2] are 2 layers, and the model has 1",), typed=("parallel.layers_per_stage=[2]",)
+    ),
+    "layers for more stages than there are": Mistake(
+        ("parallel.layers_per_stage=[1, 1] is for 2 stages, and parallel.pp=1 is 1 stage",),
+        typed=("parallel.layers_per_stage=[1,1]",),
+    ),
+    "a stage without layers": Mistake(
+        ("leaves a stage without a layer",), typed=("parallel.pp=2", "parallel.layers_per_stage=[1,0]")
+    ),
+    "a window below 1": Mistake(("train.bptt_chunks=0 must be all, or 1 or more",), typed=("train.bptt_chunks=0",)),
+    "slack below 0": Mistake(("parallel.slack=-1 must be 0 or more",), typed=("parallel.slack=-1",)),
+    "no time to wait": Mistake(("parallel.timeout_s=0.0 must be a number above 0",), typed=("parallel.timeout_s=0",)),
+    "a profile after the last step": Mistake(
+        ("profile.timeline_step=2 comes after the last of train.steps=1",),
+        typed=("train.steps=1", "profile.timeline=true"),
+    ),
     "tp that does not divide the heads": Mistake(("parallel.tp=3", "8"), typed=("parallel.tp=3",)),
     "sequence parallelism without tp": Mistake(("sequence_parallel",), typed=("parallel.sequence_parallel=true",)),
     "no model folder": Mistake(("there is no checkpoint folder",), remove("start")),

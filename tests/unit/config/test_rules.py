@@ -77,6 +77,10 @@ def test_the_defaults_with_the_required_values_have_no_problem():
         ("model__path", " ", "the path of a folder"),
         ("model__precision", "fp16", "fp32 or bf16"),
         ("parallel__tp", 0, "1 or more"),
+        ("parallel__pp", 0, "1 or more"),
+        ("parallel__slack", -1, "0 or more"),
+        ("parallel__timeout_s", 0.0, "a number above 0"),
+        ("profile__timeline_step", 0, "1 or more"),
         ("data__train", "", "the path of a folder"),
         ("data__seed", -1, "from 0 to 4294967295"),
         ("optimizer__lr", 0.0, "a number above 0"),
@@ -422,3 +426,47 @@ def test_warm_up_is_held_against_the_end_of_the_decay():
     assert check_config(stopped_early) == []
     [message] = texts(check_config(change(stopped_early, optimizer__decay_steps=9)))
     assert message == "optimizer.warmup_steps=10 is more than optimizer.decay_steps=9; use 9 or fewer"
+
+
+# --- pipeline stages -------------------------------------------------------------------------------------------------
+
+STAGES = {
+    (4, "auto", 4): None,
+    (2, (1, 3), 6): None,
+    (5, "auto", 5): "parallel.pp=5 stages are more than the model's 4 layers; use parallel.pp=4 or fewer",
+    (2, (1, 2), 2): "parallel.layers_per_stage=[1, 2] are 3 layers, and the model has 4",
+    (2, "auto", 3): "parallel.tp=1 x parallel.pp=2 = 2 does not divide the 3 processes; start 2 or 4 processes",
+    (4, "auto", 1): "does not divide the 1 process; start 4 processes, or use parallel.pp=1",
+    (3, "auto", 4): "or use parallel.pp=1, 2 or 4",
+}
+
+
+@pytest.mark.parametrize("case", STAGES, ids=str)
+def test_stages_have_layers_and_processes(case):
+    pp, layers, world_size = case
+    config = change(parallel__pp=pp, parallel__layers_per_stage=layers, train__global_batch_size=world_size)
+    assert check_config(config) == []
+    problems = layout(config, world_size=world_size)
+    if STAGES[case] is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1 and STAGES[case] in problems[0], problems
+
+
+@pytest.mark.parametrize(
+    "layers,pp,what",
+    [
+        ("even", 1, "must be auto, or a list of numbers"),
+        ((2, 2), 3, "is for 2 stages, and parallel.pp=3 is 3 stages; give 3 numbers, or auto"),
+        ((4, 0), 2, "[4, 0] leaves a stage without a layer; give each 1 or more"),
+    ],
+)
+def test_a_split_names_each_stage_once(layers, pp, what):
+    (problem,) = texts(check_config(change(parallel__pp=pp, parallel__layers_per_stage=layers)))
+    assert what in problem
+
+
+def test_data_parallel_ranks_are_what_tp_and_pp_leave():
+    config = change(parallel__pp=2, parallel__tp=2, train__global_batch_size=3)
+    (problem,) = layout(config, world_size=8)
+    assert "2 data-parallel ranks (8 processes / parallel.tp=2 / parallel.pp=2); use 2 or 4" in problem
