@@ -1,7 +1,7 @@
 """Two pipeline stages on two cores: speed, the simulation against what was measured, memory at 131,072 tokens.
 
 python benchmarks/pipeline.py             all figures; exits 1 if one misses its reach (about 25 minutes)
-python benchmarks/pipeline.py --quick     one run of each instead of three (about 10 minutes)
+python benchmarks/pipeline.py --quick     one run of each (about 15 minutes)
 python benchmarks/pipeline.py --report    only print
 
 Two real processes with one thread each, gloo; the model of step_time.py with 8 layers, fp32, no recomputation, split by
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -80,15 +80,10 @@ TINY_MEMORY = MemorySizes(
     first_new_id=800,
 )
 TIMEOUT_S = 1800
+REPETITIONS = {1: 3, 4: 2}  # by M
 
 
-@dataclass(frozen=True)
-class Timed:
-    """What one process measured."""
-
-    seconds: float
-    loss: float  # of this process's stages
-    spans: tuple[Span, ...]
+Timed = tuple[float, float, tuple[Span, ...]]  # of one process: seconds, loss of its stages, its ops
 
 
 class WholeSequences:
@@ -154,7 +149,7 @@ def run(process: ProcessRank, name: str, sequences: list[np.ndarray], ranks: Seq
     results = executor.train(batch, scale=scale, settings=BackwardSettings())
     seconds = time.perf_counter() - started
     loss = sum(float(r.losses.sum()) for r in results) * scale
-    return Timed(seconds, loss, tuple(executor.activity.spans()))
+    return seconds, loss, tuple(executor.activity.spans())
 
 
 def measure_peak(process: ProcessRank, tokens: int, layers_per_stage: tuple[int, ...]) -> int:
@@ -188,8 +183,14 @@ def split() -> tuple[int, ...]:
     return resolve_layers_per_stage("auto", MODEL, MEMORY, num_stages=STAGES, tokens=CHUNKS * MEMORY.chunk_size)
 
 
-def compare_speed(pool: ProcessPool, report: Report, *, sequences: int, repetitions: int) -> None:
-    """One process, two at once, the pipeline, 1F1B of whole sequences."""
+def compare_speed(
+    pool: ProcessPool, report: Report, *, sequences: int, repetitions: int, ceiling: float | None = None
+) -> float:
+    """One process, the pipeline, 1F1B of whole sequences; what two cores are worth.
+
+    Args:
+        ceiling: what two cores are worth, if it was measured before; else two whole models at once are timed too.
+    """
     generator = np.random.default_rng(0)
     length = CHUNKS * MEMORY.chunk_size
     batch = [generator.integers(0, MEMORY.first_new_id, length) for _ in range(sequences)]
@@ -199,19 +200,22 @@ def compare_speed(pool: ProcessPool, report: Report, *, sequences: int, repetiti
         "pipeline": ("diagonal", (0, 1)),
         "1F1B": ("1F1B", (0, 1)),
     }
+    if ceiling is not None:
+        del runs["both"]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     bubbles: dict[str, list[float]] = {"pipeline": [], "1F1B": []}
     off: list[float] = []
-    for repetition in range(repetitions + 1):
+    first = 0 if ceiling is None else 1
+    for repetition in range(first, repetitions + 1):
         losses = {}
         for name, (executor, ranks) in runs.items():
-            given = batch if repetition else batch[:1]  # the first round warms up
-            results = [r for r in pool.run(run, executor, given, ranks, timeout_s=TIMEOUT_S) if r is not None]
-            losses[name] = max(r.loss for r in results)
+            given = batch if repetition else batch[:1]  # round 0 warms up
+            results = [r for r in pool.run(run, executor, given, ranks, timeout_s=TIMEOUT_S) if r]
+            losses[name] = max(loss for _, loss, _ in results)
             if repetition:
-                seconds[name].append(max(r.seconds for r in results))
+                seconds[name].append(max(taken for taken, _, _ in results))
                 if name in bubbles:
-                    timeline = Timeline(tuple(r.spans for r in results))
+                    timeline = Timeline(tuple(spans for _, _, spans in results))
                     bubbles[name].append(timeline.bubble)
                 if name == "pipeline":
                     off.append(timeline.makespan / simulate(timeline, sequences).makespan - 1)
@@ -224,11 +228,11 @@ def compare_speed(pool: ProcessPool, report: Report, *, sequences: int, repetiti
         "pipeline": f"pipeline, {' + '.join(map(str, split()))} layers",
         "1F1B": "the same, 1F1B of whole sequences",
     }
-    for name, title in titles.items():
+    for name, title in ((n, t) for n, t in titles.items() if n in runs):
         waits = f", bubble {statistics.median(bubbles[name]):.1%}" if name in bubbles else ""
         noise = f"noise {spread(seconds[name]):.0%}" if repetitions > 1 else "one run"
         print(f"  {title:<44}{statistics.median(seconds[name]):>8.2f} s  {noise}{waits}")
-    ceiling = 2 / ratio(seconds["both"], seconds["alone"])
+    ceiling = ceiling or 2 / ratio(seconds["both"], seconds["alone"])
     faster, count = ratio(seconds["alone"], seconds["pipeline"]), CHUNKS * sequences
     ideal = STAGES * count / (count + STAGES - 1)
     reach = REACH[sequences] if ceiling >= 2 else 0.9 * ideal * ceiling / 2
@@ -252,6 +256,7 @@ def compare_speed(pool: ProcessPool, report: Report, *, sequences: int, repetiti
     )
     against = ratio(seconds["1F1B"], seconds["pipeline"])
     report.figure(f"M = {sequences}: faster than 1F1B of whole sequences by", f"{against:.2f} x", "> 1", against > 1)
+    return ceiling
 
 
 def simulate(measured: Timeline, sequences: int) -> Timeline:
@@ -302,8 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report()
     if given.only != "memory":
         pool = ProcessPool(STAGES)
-        for sequences in (1, 4):
-            compare_speed(pool, report, sequences=sequences, repetitions=1 if given.quick else 3)
+        ceiling = None
+        for sequences, repetitions in REPETITIONS.items():
+            repetitions = 1 if given.quick else repetitions
+            ceiling = compare_speed(pool, report, sequences=sequences, repetitions=repetitions, ceiling=ceiling)
         pool.close()
     if given.only != "speed":
         compare_memory(report)

@@ -76,6 +76,12 @@ class TrainingError(CometError):
     kind = "training stopped"
 
 
+class DeviceError(ConfigError):
+    """This machine lacks a device for one of its processes; other machines do not know."""
+
+    said_by_all = True
+
+
 class PeerError(CometError):
     """Another process of the run is gone or does not answer; not this process's fault, and known only to some."""
 

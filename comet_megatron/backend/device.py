@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comet_megatron.errors import ConfigError
+from comet_megatron.errors import DeviceError
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -32,14 +32,14 @@ def select_device(local_rank: int) -> Device:
     """CUDA where there is a device, else CPU; prepares Megatron-Core for what was chosen.
 
     Raises:
-        ConfigError: more processes than GPUs.
+        DeviceError: more processes than GPUs.
 
     Args:
         local_rank: rank of this process on its machine.
     """
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
+            raise DeviceError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
                 way_out="start as many processes as there are GPUs, or run on CPU with CUDA_VISIBLE_DEVICES=",
             )

@@ -41,7 +41,7 @@ class Curve(Callback):
             tokens_per_second=round(record.tokens_per_second, 1),
             seconds=round(record.seconds, 4),
             peak_memory_bytes=record.peak_memory_bytes,
-            bubble=round(record.result.bubble, 5),
+            **({"bubble": round(record.result.bubble, 5)} if record.result.bubble else {}),
         )
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:

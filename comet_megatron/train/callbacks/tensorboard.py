@@ -32,8 +32,9 @@ class TensorBoard(Callback):
             "speed/text_tokens_per_second": record.tokens_per_second,
             "speed/step_seconds": record.seconds,
             "speed/peak_memory_gib": record.peak_memory_bytes / 2**30,
-            "speed/pipeline_bubble": result.bubble,
         }
+        if result.bubble:
+            scalars["speed/pipeline_bubble"] = result.bubble
         scalars |= {f"loss_by_chunk/{name}": loss for name, loss in group_by_chunk(result.chunk_losses).items()}
         scalars |= {f"memory_gate_mean/layer_{i:02d}": gate for i, gate in enumerate(result.gate_means)}
         scalars |= {f"memory_state_norm/layer_{i:02d}": norm for i, norm in enumerate(result.state_norms)}
