@@ -93,8 +93,8 @@ class WholeSequences:
         self.inner, self.last = inner, chunks - 1
         self.held: list[tuple[Message, Tensor]] = []
 
-    def start(self, expected: Sequence[Expected], *, window: int) -> None:
-        self.inner.start(expected, window=2 * CHUNKS)
+    def start(self, expected: Sequence[Expected], *, max_in_flight: int) -> None:
+        self.inner.start(expected, max_in_flight=2 * CHUNKS)
 
     def send(self, message: Message, tensor: Tensor) -> None:
         self.held.append((message, tensor))
@@ -205,6 +205,7 @@ def compare_speed(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     bubbles: dict[str, list[float]] = {"pipeline": [], "1F1B": []}
     off: list[float] = []
+    advantages: list[float] = []  # over 1F1B, simulated
     first = 0 if ceiling is None else 1
     for repetition in range(first, repetitions + 1):
         losses = {}
@@ -218,7 +219,9 @@ def compare_speed(
                     timeline = Timeline(tuple(spans for _, _, spans in results))
                     bubbles[name].append(timeline.bubble)
                 if name == "pipeline":
-                    off.append(timeline.makespan / simulate(timeline, sequences).makespan - 1)
+                    diagonal, whole = (simulate(timeline, sequences, whole_sequences=w) for w in (False, True))
+                    off.append(timeline.makespan / diagonal.makespan - 1)
+                    advantages.append(whole.makespan / diagonal.makespan)
         if max(losses.values()) - min(losses.values()) > 1e-5:
             raise SystemExit(f"the runs do not compute the same loss: {losses}")
     print(f"\nT = {CHUNKS} chunks, M = {sequences}: medians of {repetitions} alternating runs, one thread a process")
@@ -254,16 +257,24 @@ def compare_speed(
         "+-10 %",
         abs(difference) <= 0.1,
     )
-    against = ratio(seconds["1F1B"], seconds["pipeline"])
-    report.figure(f"M = {sequences}: faster than 1F1B of whole sequences by", f"{against:.2f} x", "> 1", against > 1)
+    against, wanted = ratio(seconds["1F1B"], seconds["pipeline"]), 0.9 * statistics.median(advantages)
+    report.figure(
+        f"M = {sequences}: faster than 1F1B of whole sequences by",
+        f"{against:.2f} x",
+        f">= {wanted:.2f}",
+        against >= wanted,
+    )
     return ceiling
 
 
-def simulate(measured: Timeline, sequences: int) -> Timeline:
-    """The same op lists with the times that the ops really took."""
+def simulate(measured: Timeline, sequences: int, *, whole_sequences: bool) -> Timeline:
+    """The op lists of either schedule, with the times that the ops really took."""
     took: dict[Op, float] = {span.op: span.duration for process in measured.spans for span in process}
-    work = Workload(STAGES, (CHUNKS,) * sequences)
-    lists = [plan_training(work, stage, BackwardSettings().slack) for stage in range(STAGES)]
+    work = Workload(STAGES, (CHUNKS,) * sequences, whole_messages=whole_sequences)
+    if whole_sequences:
+        lists = plan_whole_sequences(work)
+    else:
+        lists = [plan_training(work, stage, BackwardSettings().slack) for stage in range(STAGES)]
     return replay(lists, work, cost=took.__getitem__)
 
 

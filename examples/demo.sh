@@ -26,9 +26,9 @@ step "2. a small Qwen3 to start from" \
 step "3. Hugging Face to Megatron, with CoMeT's memory" \
   python tools/convert_from_hf.py --hf "$RUN/qwen3_small" --output "$RUN/start" \
   --chunk-size 256 --global-slots 16 --stride 8 --budget 64
-step "4. fine-tune with $NPROC processes, two pipeline stages" \
+step "4. fine-tune with $NPROC processes, a pipeline stage each" \
   torchrun --standalone --nproc-per-node "$NPROC" -m comet_megatron.train --config examples/configs/demo.yaml \
-  model.path="$RUN/start" data.train="$RUN/data/train" data.eval="$RUN/data/eval" train.output="$RUN/train" "$@"
+  parallel.pp="$NPROC" model.path="$RUN/start" data.train="$RUN/data/train" data.eval="$RUN/data/eval" train.output="$RUN/train" "$@"
 LAST=$(find "$RUN/train/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1)
 step "5. Megatron to Hugging Face" \
   python tools/convert_to_hf.py --checkpoint "$LAST" --output "$RUN/hf"

@@ -34,7 +34,7 @@ number() {  # TP or PP as the shell can multiply it; Python says what is wrong w
   esac
 }
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-  gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9A-Za-z]' || true)
+  gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -cE '^([0-9]|GPU-|MIG-)' || true)
 elif command -v nvidia-smi > /dev/null; then
   gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
 else

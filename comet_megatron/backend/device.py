@@ -62,9 +62,9 @@ def set_cpu_threads(threads: int | str, *, processes_on_this_machine: int) -> in
 def keep_large_tensors_apart() -> bool:
     """On CPU, give every tensor of 64 KiB or more a mapping of its own; whether this machine's malloc can (glibc).
 
-    By itself it does so from 128 KiB on, and stops when the first large one is freed: then what a chunk leaves behind for its backward
-    lies between large tensors that come and go, and none of their memory can be given back. Costs no time that could be
-    measured (docs/performance.md).
+    By itself it does so from 128 KiB on, and stops when the first large one is freed: then what a chunk leaves behind
+    for its backward lies between large tensors that come and go, and none of their memory can be given back. What it
+    costs and gains: docs/performance.md.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024))

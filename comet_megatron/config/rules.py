@@ -159,7 +159,8 @@ def check_layout(
         return problems  # check_config says it of tp and pp; nothing can be divided
     problems += _check_stages(config, architecture, where)
     if pp > 1:
-        problems += _check_tp(tp, architecture, tp, where) + _check_world(tp, pp, world_size, where)
+        problems += _check_tp(tp, architecture, tp, where)
+        problems += _check_world(tp, pp, world_size, where, layers=architecture.num_layers)
     else:
         problems += _check_tp(tp, architecture, world_size, where)
     return problems + _check_batch(config, world_size, where)
@@ -178,15 +179,15 @@ def _check_stages(config: Config, architecture: Architecture, where: Where) -> l
     return []
 
 
-def _check_world(tp: int, pp: int, world_size: int, where: Where) -> list[ConfigError]:
+def _check_world(tp: int, pp: int, world_size: int, where: Where, *, layers: int) -> list[ConfigError]:
     """tp * pp divides the processes."""
     if world_size % (tp * pp) == 0:
         return []
     what = f"parallel.tp={tp} x parallel.pp={pp} = {tp * pp} does not divide the {_processes(world_size)}; "
     below, above = world_size // (tp * pp) * tp * pp, (world_size // (tp * pp) + 1) * tp * pp
     start = f"start {above} processes" if below == 0 else f"start {below} or {above} processes"
-    fitting = [n for n in _divisors(world_size) if n % tp == 0]
-    other = f", or use parallel.pp={_some([n // tp for n in fitting], near=pp)}" if fitting else ""
+    fitting = [n // tp for n in _divisors(world_size) if n % tp == 0 and n // tp <= layers]
+    other = f", or use parallel.pp={_some(fitting, near=pp)}" if fitting else ""
     return [_problem(what + start + other, where, "parallel.pp", "parallel.tp")]
 
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from comet_megatron.backend.quiet import quiet_libraries
-from comet_megatron.errors import ConfigError, TrainingError
+from comet_megatron.errors import ConfigError, PeerError
 
 CONNECT_TIMEOUT_S = 600
 LOOK_EVERY_S = 0.5
@@ -74,7 +74,7 @@ class HandOver:
             say: called every minute with what is waited for.
 
         Raises:
-            TrainingError: the first process is gone.
+            PeerError: the first process is gone.
         """
         began = told = time.monotonic()
         try:
@@ -85,9 +85,7 @@ class HandOver:
                     say(f"waiting for {what_for}, for {(told - began) / 60:.0f} min")
             answer = json.loads(self._store.get(self._key))
         except RuntimeError as error:
-            raise TrainingError(
-                "the process that prepares the run is gone", way_out="its own messages say why"
-            ) from error
+            raise PeerError("the process that prepares the run is gone", way_out="its own messages say why") from error
         if answer is None:
             return None
         return Order(**{key: tuple(v) if isinstance(v, list) else v for key, v in answer.items()})

@@ -58,8 +58,8 @@ def origin_of_data(data: DataSource, recipe: Recipe) -> dict[str, Any]:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """Of names, sizes and times of change; the contents may be hundreds of gigabytes."""
-    known = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    """Of names and sizes; the contents may be hundreds of gigabytes, and a copy has other times."""
+    known = sorted((path.name, path.stat().st_size) for path in files)
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

@@ -51,13 +51,19 @@ def _rows_of_rank(rows: np.ndarray, rows_per_rank: int, shards: SequenceShards) 
     return np.flatnonzero(rows // rows_per_rank == shards.rank)
 
 
+def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def select_rows(rows: np.ndarray, *, rows_per_rank: int, shards: SequenceShards, device: torch.device) -> RowSelection:
     """Find `rows` (int64, counted in the whole chunk) on this rank."""
     if shards.size == 1:
-        return RowSelection(len(rows), torch.from_numpy(rows).to(device), None)
+        return RowSelection(len(rows), _on_device(rows, device), None)
     positions = _rows_of_rank(rows, rows_per_rank, shards)
     local = rows[positions] - shards.rank * rows_per_rank
-    return RowSelection(len(rows), torch.from_numpy(local).to(device), torch.from_numpy(positions).to(device))
+    return RowSelection(len(rows), _on_device(local, device), _on_device(positions, device))
 
 
 def take_rows(hidden: Tensor, rows: RowSelection, shards: SequenceShards) -> Tensor:
@@ -134,11 +140,11 @@ def build_chunk_tensors(
         beacon_ids = beacon_ids[_rows_of_rank(beacons, where["rows_per_rank"], shards)]
     return ChunkTensors(
         plan=plan,
-        ids=None if ids is None else torch.from_numpy(ids).to(device),
+        ids=None if ids is None else _on_device(ids, device),
         num_rows=num_rows,
         beacon_rows=beacon_rows,
-        beacon_numbers=torch.from_numpy(beacon_ids.astype(np.int64) - sizes.first_new_id).to(device),
+        beacon_numbers=_on_device(beacon_ids.astype(np.int64) - sizes.first_new_id, device),
         labelled_rows=select_rows(plan.text_rows[labelled], **where),
-        labels=torch.from_numpy(kept_labels).to(device),
+        labels=_on_device(kept_labels, device),
         num_labels=int((kept_labels != IGNORE_LABEL).sum()),
     )

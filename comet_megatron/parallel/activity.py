@@ -25,13 +25,13 @@ class State:
 
     Attributes:
         doing: an op, or a phase of a step in words; "" between steps.
-        waits_for: what another process has to send first; "" while computing.
+        waits_for: what another process has to send first, for example a message; "" while computing.
         since_s: of this state, time.monotonic().
         limited: may not last for ever.
     """
 
-    doing: str = ""
-    waits_for: str = ""
+    doing: object = ""
+    waits_for: object = ""
     since_s: float = 0.0
     limited: bool = False
 
@@ -41,8 +41,8 @@ class _Timed:
     op: Op
     start: Mark
     end: Mark | None = None
-    waits: list[tuple[Mark, Mark]] = field(default_factory=list)  # before the work
-    waits_after: list[tuple[Mark, Mark]] = field(default_factory=list)
+    waits: list[tuple[Mark, Mark, object]] = field(default_factory=list)  # before the work, and for what
+    waits_after: list[tuple[Mark, Mark, object]] = field(default_factory=list)
 
 
 class Activity:
@@ -55,8 +55,8 @@ class Activity:
     def __init__(self, device: torch.device | None = None) -> None:
         self._on_gpu = device is not None and device.type == "cuda"
         self.state = State()
-        self.last_done = "nothing yet"
-        self._zero = self._mark()
+        self.last_done: object = "nothing yet"
+        self._zero = self.mark()
         self._timed: list[_Timed] = []
 
     # --- what is done -------------------------------------------------------------------------------------------------
@@ -64,12 +64,12 @@ class Activity:
     @contextmanager
     def op(self, op: Op) -> Iterator[None]:
         """Do an op inside."""
-        self.state = State(op, since_s=time.monotonic(), limited=True)  # type: ignore[arg-type]  # str() only if read
-        timed = _Timed(op, self._mark())
+        self.state = State(op, since_s=time.monotonic(), limited=True)
+        timed = _Timed(op, self.mark())
         self._timed.append(timed)
         yield
-        timed.end = self._mark()
-        self.last_done = op  # type: ignore[assignment]
+        timed.end = self.mark()
+        self.last_done = op
         self.state = State(since_s=time.monotonic())
 
     @contextmanager
@@ -80,17 +80,17 @@ class Activity:
             after_work: the op's work is done, else it has not begun.
         """
         before = self.state
-        self.state = State(before.doing, what, time.monotonic(), True)  # type: ignore[arg-type]
-        start = self._mark()
+        self.state = State(before.doing, what, time.monotonic(), True)
+        start = self.mark()
         yield
         if self._timed and self._timed[-1].end is None:
             timed = self._timed[-1]
-            (timed.waits_after if after_work else timed.waits).append((start, self._mark()))
+            (timed.waits_after if after_work else timed.waits).append((start, self.mark(), what))
         self.state = State(before.doing, since_s=time.monotonic(), limited=before.limited)
 
     @contextmanager
     def phase(self, name: str, *, limited: bool = True) -> Iterator[None]:
-        """A part of a step, in words; one that is not limited may take any time."""
+        """A part of a step, in words; one that is not limited may take until torch.distributed's own limit."""
         self.state = State(name, since_s=time.monotonic(), limited=limited)
         yield
         self.last_done = name
@@ -103,38 +103,44 @@ class Activity:
         if state.waits_for:
             return f"the {state.doing} waits for {state.waits_for}, for {seconds}"
         if on_gpu := self._unfinished_on_gpu():
-            return f"the {on_gpu} is not finished on the GPU; {state.doing or 'nothing else'} for {seconds}"
+            return f"{on_gpu} on the GPU; this process: {state.doing or 'between steps'} for {seconds}"
         doing = f"in {state.doing} for {seconds}" if state.doing else f"between steps for {seconds}"
         return f"{doing}; before that: {self.last_done}"
 
-    def _unfinished_on_gpu(self) -> Op | None:
-        """The first op that the GPU has not finished; the process itself runs ahead of it."""
+    def _unfinished_on_gpu(self) -> str:
+        """The first op that the GPU has not finished, and what it waits for; the process itself runs ahead of it."""
         if not self._on_gpu:
-            return None
-        return next((timed.op for timed in list(self._timed) if timed.end is None or not timed.end.query()), None)
+            return ""
+        for timed in list(self._timed):
+            if timed.end is None or not timed.end.query():
+                waits = (w for w in (*timed.waits, *timed.waits_after) if w[0].query() and not w[1].query())
+                return next((f"the {timed.op} waits for {w[2]}" for w in waits), f"the {timed.op} is not finished")
+        return ""
 
     # --- what was done ------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget the times of earlier ops; times count from now."""
-        self._zero, self._timed = self._mark(), []
+        """Forget the times of earlier ops, and what an error left undone; times count from now."""
+        self._zero, self._timed, self.state = self.mark(), [], State(since_s=time.monotonic())
 
-    def spans(self) -> list[Span]:
-        """Ops since `clear`, in seconds since then, without their waiting.
+    def spans(self, *, since: Mark | None = None) -> list[Span]:
+        """Ops since `clear`, in seconds since then or since a mark, without their waiting.
 
         On a GPU this waits for the device.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
-        return [Span(t.op, self._begin(t), self._finish(t)) for t in self._timed]
+        zero = self._zero if since is None else since
+        return [Span(t.op, self._begin(t, zero), self._finish(t, zero)) for t in self._timed]
 
-    def _begin(self, timed: _Timed) -> float:
-        return self._seconds(self._zero, timed.start) + sum(self._seconds(a, b) for a, b in timed.waits)
+    def _begin(self, timed: _Timed, zero: Mark) -> float:
+        return self._seconds(zero, timed.start) + sum(self._seconds(a, b) for a, b, _ in timed.waits)
 
-    def _finish(self, timed: _Timed) -> float:
-        return self._seconds(self._zero, timed.end) - sum(self._seconds(a, b) for a, b in timed.waits_after)
+    def _finish(self, timed: _Timed, zero: Mark) -> float:
+        return self._seconds(zero, timed.end) - sum(self._seconds(a, b) for a, b, _ in timed.waits_after)
 
-    def _mark(self) -> Mark:
+    def mark(self) -> Mark:
+        """Now, on the clock of the ops."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

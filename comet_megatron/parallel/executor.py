@@ -30,11 +30,11 @@ from comet_megatron.parallel.schedule import (
     Kind,
     Op,
     Workload,
+    max_in_flight_of,
     plan_forwards,
     plan_stage,
     recompute_everything,
     recompute_nothing,
-    window_of,
     without_needless_recompute,
 )
 from comet_megatron.parallel.simulator import merge_op_lists
@@ -263,7 +263,7 @@ class _Run:
         self.window = None if settings.bptt_chunks == "all" else int(settings.bptt_chunks)
         executor.activity.clear()
         expected = [e for stage, ops in lists.items() for e in self._expected(stage, ops)]
-        executor.transport.start(expected, window=window_of(settings.slack))
+        executor.transport.start(expected, max_in_flight=max_in_flight_of(settings.slack))
 
     def _expected(self, stage: int, ops: Sequence[Op]) -> list[Expected]:
         expected = []

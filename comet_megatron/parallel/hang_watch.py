@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from comet_megatron.errors import PeerError
 from comet_megatron.parallel.activity import Activity
+from comet_megatron.parallel.p2p import sign_of_a_lost_process
 
 ANSWER_S = 3.0  # how long the first to notice waits for what the others did last
 _NOTICED, _REASON, _REPORT = "noticed", "reason", "report"
-_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
 
 class HangWatch:
@@ -74,10 +74,14 @@ class HangWatch:
             self._over.set()
 
     def _watch_activity(self) -> None:
+        state, lasted_s, looked_s = self.activity.state, 0.0, time.monotonic()
         while not self._over.wait(self._pause_s):
-            state = self.activity.state
-            if state.limited and time.monotonic() - state.since_s > self.timeout_s:
-                what = f"{self.name_of(self.rank)}: {self.activity.describe()}"
+            now_s, now = time.monotonic(), self.activity.state
+            # A look that comes much too late: this process itself was stopped or had no core, which is no hang.
+            lasted_s = lasted_s + min(now_s - looked_s, 3 * self._pause_s) if now is state else 0.0
+            state, looked_s = now, now_s
+            if state.limited and lasted_s > self.timeout_s:
+                what = f"{self.name_of(self.rank)}: {self._describe()}"
                 self.stop_all(f"{what}; parallel.timeout_s={self.timeout_s:g}")
             elif self._others_reason:
                 self.stop_all(self._others_reason)
@@ -95,31 +99,42 @@ class HangWatch:
     def stop_all(self, reason: str) -> NoReturn:
         """Tell all processes why the run ends, and end this one. The first to notice says what every rank did last."""
         self._stopping.acquire()  # the threads and the process itself may notice at once; only one goes on
+        self._say(reason)  # at once: a launcher that sees another process end will not let this one talk on
         said: list[str] = []
         consultation = threading.Thread(target=lambda: said.append(self._consult(reason)), daemon=True)
         consultation.start()
         consultation.join(2 * ANSWER_S)
-        text = said[0] if said else f"{reason}\n  {self._store_is('does not answer')}"
-        sys.stdout.flush()
-        print(f"rank {self.rank}: {PeerError.kind}: {text}", file=sys.stderr, flush=True)
+        if more := said[0] if said else self._store_is("does not answer"):
+            self._say(more)
         os._exit(PeerError.exit_code)
 
+    def _say(self, text: str) -> None:
+        sys.stdout.flush()
+        print(f"rank {self.rank}: {PeerError.kind}: {text}", file=sys.stderr, flush=True)
+
     def _consult(self, reason: str) -> str:
-        """What to say, after the others were told and asked."""
+        """What else to say, after the others were told and asked."""
         try:
-            self.store.set(f"last/{self.rank}", self.activity.describe())
+            self.store.set(f"last/{self.rank}", self._describe())
             if self.store.add(_NOTICED, 1) > 1:
-                return self._wait_for(_REPORT) or reason
+                return self._wait_for(_REPORT)
             self.store.set(_REASON, reason)
             answers = self._gather_answers()
+            report = "all ranks answer"
             if missing := [self.name_of(rank) for rank, answer in enumerate(answers) if not answer]:
-                reason += f"\n  no answer from {', '.join(missing)}: dead or stopped"
-            self.store.set(_REPORT, reason)
+                report = f"no answer within {ANSWER_S:g} s from {', '.join(missing)}: dead, stopped or very busy"
+            self.store.set(_REPORT, report)
             time.sleep(2 * self._pause_s)  # should this process hold the store: the others read it meanwhile
             lines = [f"  {self.name_of(r)}: {answer or 'NO ANSWER'}" for r, answer in enumerate(answers)]
-            return "\n".join([reason, "what every rank did last:", *lines])
+            return "\n".join([report, "what every rank did last:", *lines])
         except RuntimeError:
-            return f"{reason}\n  {self._store_is('is gone')}"
+            return self._store_is("is gone")
+
+    def _describe(self) -> str:
+        try:
+            return self.activity.describe()
+        except RuntimeError as error:  # a GPU that is lost cannot be asked either
+            return f"in {self.activity.state.doing}: {error}"
 
     def _gather_answers(self) -> list[str]:
         """Of every rank, "" of those that gave none."""
@@ -142,10 +157,3 @@ class HangWatch:
 
     def _store_is(self, what: str) -> str:
         return f"the store of torch.distributed {what}; {self.name_of(0)} or its launcher holds it"
-
-
-def sign_of_a_lost_process(error: RuntimeError) -> str:
-    """The words of torch.distributed that say that another process is gone or silent; "" for other errors."""
-    text = str(error)
-    is_nccl = isinstance(error, dist.DistBackendError)
-    return next((sign for sign in _SIGNS if sign in text), text.splitlines()[0] if is_nccl else "")

@@ -96,6 +96,10 @@ def build_layout(
         links=links,
     )
     if links:
+        # No communicator is made inside an op, while a message posted ahead may already occupy the device.
+        for group in (groups.tp, groups.dp, groups.pp, groups.embd):
+            if group is not None and dist.get_rank() in dist.get_process_group_ranks(group):
+                dist.all_reduce(torch.zeros(1, device=device.torch_device), group=group)
         DistributedTransport(links, device.torch_device).warm_up()
     return layout
 

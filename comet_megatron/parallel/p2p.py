@@ -54,19 +54,19 @@ class Expected(NamedTuple):
 class Transport(Protocol):
     """Carries messages between stages."""
 
-    def start(self, expected: Sequence[Expected], *, window: int) -> None:
+    def start(self, expected: Sequence[Expected], *, max_in_flight: int) -> None:
         """Before the first op.
 
         Args:
             expected: all messages to come, in the order in which they will be asked for.
-            window: messages of one direction that may be on their way (schedule.window_of).
+            max_in_flight: messages of one direction that may be on their way (schedule.max_in_flight_of).
         """
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        """Hand on a tensor, which must not be changed any more; waits only while `window` others are on their way."""
+        """Hand on a tensor, which must not be changed any more; waits only while too many others are on their way."""
 
     def receive(self, message: Message) -> Tensor:
-        """Wait for a message; the tensor is the receiver's own."""
+        """Wait for a message; the tensor must not be changed: it may be the sender's."""
 
     def finish(self) -> None:
         """After the last op: wait until all has been sent."""
@@ -78,7 +78,7 @@ class LocalTransport:
     def __init__(self) -> None:
         self._held: dict[Message, Tensor] = {}
 
-    def start(self, expected: Sequence[Expected], *, window: int) -> None:
+    def start(self, expected: Sequence[Expected], *, max_in_flight: int) -> None:
         self._held.clear()
 
     def send(self, message: Message, tensor: Tensor) -> None:
@@ -148,9 +148,9 @@ class DistributedTransport:
         self.links, self.device = links, device
         self._to_post: dict[tuple[bool, int], deque[Expected]] = {}
         self._posted: dict[tuple[bool, int], tuple[Message, Tensor, dist.Work]] = {}
-        self._window = 1
-        on_gloo = {dist.get_backend(link.forward) for link in links.values()} == {"gloo"}
-        self._sent: dict[tuple[bool, int], _Sends] = defaultdict(_ThreadSends if on_gloo else _StreamSends)
+        self._max_in_flight = 1
+        self._on_gloo = {dist.get_backend(link.forward) for link in links.values()} == {"gloo"}
+        self._sent: dict[tuple[bool, int], _Sends] = defaultdict(_ThreadSends if self._on_gloo else _StreamSends)
 
     def warm_up(self) -> None:
         """One small message each way over every link, in a fixed order: connections stand before the first step.
@@ -166,14 +166,17 @@ class DistributedTransport:
                 else:
                     dist.recv(token, link.peer, group=group)
 
-    def start(self, expected: Sequence[Expected], *, window: int) -> None:
-        assert not self._posted, "the last step left messages behind"
-        self._window = window
+    def start(self, expected: Sequence[Expected], *, max_in_flight: int) -> None:
+        assert not self._posted, "the step before was not done to its end"
+        self._max_in_flight = max_in_flight
         self._to_post = {}
         for one in expected:
             self._to_post.setdefault((one.message.is_gradient, one.message.boundary), deque()).append(one)
         for direction in self._to_post:
-            self._post(direction)
+            # NCCL's receives spin on the device: one for a gradient that depends on this stage's own forwards could
+            # meet a call that waits for the whole device.
+            if self._on_gloo or not direction[0]:
+                self._post(direction)
 
     def _post(self, direction: tuple[bool, int]) -> None:
         if self._to_post[direction]:
@@ -183,17 +186,19 @@ class DistributedTransport:
             try:
                 work = dist.irecv(buffer, link.peer, group=link.group(message))
             except RuntimeError as error:
-                raise self._gone(message, error) from error
+                raise self._gone(message, error) from None
             self._posted[direction] = (message, buffer, work)
 
     def receive(self, message: Message) -> Tensor:
         direction = (message.is_gradient, message.boundary)
+        if direction not in self._posted:
+            self._post(direction)
         posted, buffer, work = self._posted.pop(direction)
         assert posted == message, f"{posted} comes before {message}"
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._gone(message, error) from error
+            raise self._gone(message, error) from None
         self._post(direction)
         return buffer
 
@@ -202,18 +207,25 @@ class DistributedTransport:
         tensor = tensor.contiguous()
         try:
             work = dist.isend(tensor, link.peer, group=link.group(message))
-            self._sent[message.is_gradient, message.boundary].add(work, tensor, window=self._window)
+            self._sent[message.is_gradient, message.boundary].add(work, tensor, max_in_flight=self._max_in_flight)
         except RuntimeError as error:
-            raise self._gone(message, error, sending=True) from error
+            raise self._gone(message, error, sending=True) from None
 
     def finish(self) -> None:
-        try:
-            for sent in self._sent.values():
+        for (is_gradient, boundary), sent in self._sent.items():
+            try:
                 sent.finish()
-        except RuntimeError as error:
-            raise PeerError(f"a neighbouring stage is gone: {_first_line(error)}") from error
+            except RuntimeError as error:
+                if not sign_of_a_lost_process(error):
+                    raise
+                other = boundary if is_gradient else boundary + 1
+                what = f"stage {other} is gone before it had read all messages"
+                raise PeerError(f"{what}: {_first_line(error)}") from None
 
-    def _gone(self, message: Message, error: RuntimeError, *, sending: bool = False) -> PeerError:
+    def _gone(self, message: Message, error: RuntimeError, *, sending: bool = False) -> RuntimeError | PeerError:
+        """What to raise: an error that does not speak of a lost process is another one's business."""
+        if not sign_of_a_lost_process(error):
+            return error
         link = self.links[message.boundary]
         is_upper = link.peer < dist.get_rank()
         own, other = message.boundary + is_upper, message.boundary + (not is_upper)
@@ -225,8 +237,8 @@ class DistributedTransport:
 class _Sends(Protocol):
     """Messages of one direction that are on their way."""
 
-    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
-        """Keep a message until it is sent; wait for the oldest while there are more than `window`."""
+    def add(self, work: dist.Work, tensor: Tensor, *, max_in_flight: int) -> None:
+        """Keep a message until it is sent; wait for the oldest while there are more than `max_in_flight`."""
 
     def finish(self) -> None:
         """Wait for all."""
@@ -238,9 +250,9 @@ class _StreamSends:
     def __init__(self) -> None:
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
+    def add(self, work: dist.Work, tensor: Tensor, *, max_in_flight: int) -> None:
         self._pending.append((work, tensor))
-        while len(self._pending) > window:
+        while len(self._pending) > max_in_flight:
             self._pending.popleft()[0].wait()
 
     def finish(self) -> None:
@@ -273,13 +285,13 @@ class _ThreadSends:
                 self._pending.popleft()
                 self._changed.notify_all()
 
-    def add(self, work: dist.Work, tensor: Tensor, *, window: int) -> None:
+    def add(self, work: dist.Work, tensor: Tensor, *, max_in_flight: int) -> None:
         with self._changed:
             self._pending.append((work, tensor))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._wait, name="sent messages", daemon=True)
                 self._thread.start()
-            self._changed.wait_for(lambda: len(self._pending) <= window or self._error)
+            self._changed.wait_for(lambda: len(self._pending) <= max_in_flight or self._error)
         self._raise()
 
     def finish(self) -> None:
@@ -290,6 +302,16 @@ class _ThreadSends:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
+
+
+def sign_of_a_lost_process(error: RuntimeError) -> str:
+    """The words of torch.distributed that say that another process is gone or silent; "" for other errors."""
+    text = str(error)
+    is_nccl = isinstance(error, dist.DistBackendError)
+    return next((sign for sign in _SIGNS if sign in text), text.splitlines()[0] if is_nccl else "")
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -237,13 +237,13 @@ def live_chunks_bound(work: Workload, stage: int, *, slack: int = 1) -> int:
     return longest + (1 + slack) * (work.num_stages - 1 - stage)
 
 
-def window_of(slack: int) -> int:
+def max_in_flight_of(slack: int) -> int:
     """Messages of one direction of a link that may be on their way before the sender waits for the oldest.
 
-    Without a limit a stage whose forwards are quick would send all of a sequence ahead and hold all of it. A window
+    Without a limit a stage whose forwards are quick would send all of a sequence ahead and hold all of it. A limit
     above 1 + slack cannot lock stages: two neighbours would have to wait to send to each other, stage d at forward i
     and stage d + 1 at backward k. The rule allows stage d forwards up to 1 + slack beyond those that stage d + 1 has
-    done before its backward k, but i is more than that, by a window.
+    done before its backward k, but i is beyond those by more than the limit.
     """
     return slack + 3
 

@@ -125,8 +125,11 @@ class Trainer:
             sequences = self._read(numbers)
         self.schedule.step(increment=1)
         records = self.config.profile.timeline and step == self.config.profile.timeline_step
+        since = None
         if records:
-            dist.barrier(group=self.layout.groups.pp)  # so that the stages' clocks start together
+            with self.activity.phase("starting the stages' clocks together"):
+                dist.barrier(group=self.layout.groups.pp)
+            since = self.activity.mark()
         result = train_step(self.model, self.optimizer, sequences, self.layout, settings=self.settings, step=step)
         self.progress = replace(self.progress, step=step)
         record = StepRecord(
@@ -137,8 +140,11 @@ class Trainer:
             peak_memory_bytes=self._peak_memory(),
         )
         self._tell("on_step", record)
-        if records and (path := write_profile(self.activity, self.layout, Path(self.config.train.output), step=step)):
-            self._tell("on_profile", step, path)
+        if since is not None:
+            with self.activity.phase("drawing the profile", limited=False):
+                path = write_profile(self.activity, self.layout, Path(self.config.train.output), step=step, since=since)
+            if path is not None:
+                self._tell("on_profile", step, path)
 
     def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """This rank's samples. A sample that one rank cannot read stops all ranks with the same message."""

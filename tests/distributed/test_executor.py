@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,7 @@ from comet_megatron.parallel.schedule import (
     plan_whole_sequences,
     recompute_everything,
 )
+from comet_megatron.parallel.simulator import Span
 from comet_megatron.testing.tiny import (
     build_oracle,
     gradients,
@@ -157,18 +156,26 @@ def test_evaluation_between_two_steps_changes_neither():
 
 
 def test_spans_are_the_ops_without_their_waiting():
-    activity = Activity()
+    class Clock(Activity):
+        """Each look at the clock is a second after the one before."""
+
+        now = 0.0
+
+        def mark(self) -> float:
+            self.now += 1.0
+            return self.now
+
+    activity = Clock()
     op = Op(Kind.FORWARD, 1, 0, 0)
-    activity.clear()
-    with activity.op(op):
-        with activity.waiting("hidden states"):
-            time.sleep(0.2)
-        time.sleep(0.05)
-        with activity.waiting("room", after_work=True):
-            time.sleep(0.2)
-    (span,) = activity.spans()
-    assert span.op == op and span.start >= 0.2
-    assert 0.05 <= span.duration < 0.19
+    activity.clear()  # at 2
+    with activity.op(op):  # at 3
+        with activity.waiting("hidden states"):  # from 4
+            activity.now += 9.0  # to 14
+        activity.now += 5.0
+        with activity.waiting("room", after_work=True):  # from 20
+            activity.now += 9.0  # to 30
+    (span,) = activity.spans()  # to 31
+    assert span == Span(op, start=3 + 10 - 2, end=31 - 10 - 2)
 
 
 def test_an_activity_says_what_is_done_and_waited_for_and_what_was_done_last():

@@ -180,6 +180,30 @@ def test_loss_and_gradients_equal_the_oracle(name, pool):
         assert error < GRADIENT_TOLERANCE, parameter
 
 
+PIPELINES = {
+    "PP2": Case(**PP2),
+    "PP4": Case(**PP4),
+    "TP2 x PP2": Case(**{**PP2, "world": 4}, tp=2),
+    "PP2 x DP2 ZeRO-1": Case(**{**PP2, "world": 4}, zero1=True),
+    "TP2+SP x PP2": Case(**{**PP2, "world": 4}, tp=2, sequence_parallel=True),
+}
+OF_A_PIPELINE = {"one sequence": (75,), "three, one shorter than a chunk": (75, 9, 40)}
+
+
+@pytest.mark.parametrize("lengths", OF_A_PIPELINE)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_one_and_three_sequences_in_a_pipeline_equal_the_oracle(name, lengths, pool):
+    case = replace(PIPELINES[name], settings=BackwardSettings(recompute="three" in lengths))
+    pipelines = case.world // (case.tp * len(case.layers_per_stage))
+    sequences = tiny_sequences(OF_A_PIPELINE[lengths] * pipelines)
+    oracle = build_oracle(case.architecture, tiny_memory())
+    want_loss, want = oracle_loss_and_gradients(oracle, sequences)
+    for loss, found, _ in pool(case.world).run(loss_and_gradients, case, oracle_tensors(oracle), sequences):
+        assert loss == pytest.approx(want_loss, abs=LOSS_TOLERANCE)
+        error, parameter = worst_error(found, want)
+        assert error < GRADIENT_TOLERANCE, parameter
+
+
 def gradients_of_one(process, case: Case, tensors, ids, labels):
     """On each rank: its part of the result, and the whole gradients, of one microbatch with labels of its own."""
     model, layout = build_model(process, case, tensors)
@@ -240,7 +264,11 @@ WINDOWS = {
     f"{name}, window {window}{', recompute' * recompute}": Case(
         **where, settings=BackwardSettings(bptt_chunks=window, recompute=recompute)
     )
-    for name, where in (("TP1", {}), ("PP2", PP2_OF_3))
+    for name, where in (
+        ("TP1", {}),
+        ("PP2", PP2_OF_3),
+        ("TP2+SP x PP2", {**PP2_OF_3, "world": 4, "tp": 2, "sequence_parallel": True}),
+    )
     for window in (1, 2, 3)
     for recompute in (False, True)
 }

@@ -23,7 +23,7 @@ import yaml
 
 from comet_megatron.config.load import load_config
 from comet_megatron.config.rules import check_config
-from comet_megatron.errors import TrainingError
+from comet_megatron.errors import PeerError
 from comet_megatron.launch.hand_over import HandOver, Order
 from comet_megatron.launch.main import main
 from comet_megatron.launch.recipe import read_recipe
@@ -392,7 +392,7 @@ def test_a_waiting_process_says_what_it_waits_for_and_gets_what_the_first_one_to
     order = Order("a.yaml", ("--resume", "parallel.tp=1"), ("start",), needs_gpu=False)
     assert waited(monkeypatch, FakeStore(asdict(order))) == (order, ["waiting for process 0, for 0 min"] * 3)
     assert waited(monkeypatch, FakeStore(None, looks=0)) == (None, [])
-    with pytest.raises(TrainingError, match="is gone"):
+    with pytest.raises(PeerError, match="is gone"):
         waited(monkeypatch, FakeStore())
 
 

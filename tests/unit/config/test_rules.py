@@ -438,6 +438,7 @@ STAGES = {
     (2, "auto", 3): "parallel.tp=1 x parallel.pp=2 = 2 does not divide the 3 processes; start 2 or 4 processes",
     (4, "auto", 1): "does not divide the 1 process; start 4 processes, or use parallel.pp=1",
     (3, "auto", 4): "or use parallel.pp=1, 2 or 4",
+    (3, "auto", 8): "or use parallel.pp=1, 2 or 4",  # not 8: there are 4 layers
 }
 
 

@@ -14,12 +14,12 @@ from comet_megatron.parallel.schedule import (
     Op,
     Workload,
     live_chunks_bound,
+    max_in_flight_of,
     plan_forwards,
     plan_schedule,
     plan_whole_sequences,
     recompute_everything,
     recompute_nothing,
-    window_of,
     without_needless_recompute,
 )
 from comet_megatron.parallel.simulator import cost_by_kind, replay
@@ -434,8 +434,8 @@ def finish(plan, window: int) -> bool:
 @given(workloads, slacks)
 def test_no_stages_lock_each_other_when_few_messages_may_be_on_their_way(work, slack):
     plan = plan_schedule(work, slack=slack)
-    assert finish(plan, window_of(slack))
-    assert finish(plan, slack + 1)  # the least that the argument in window_of allows
+    assert finish(plan, max_in_flight_of(slack))
+    assert finish(plan, slack + 1)  # the least that the argument in max_in_flight_of allows
 
 
 def test_fewer_messages_than_a_stage_runs_ahead_would_lock_it():
