@@ -32,10 +32,12 @@ HELD_OUT_FRACTION = 0.05
 
 
 def start_folder(output: Path) -> Path:
+    """Of the starting checkpoint."""
     return output / "start"
 
 
 def data_folder(output: Path) -> Path:
+    """Of the shards."""
     return output / "data"
 
 

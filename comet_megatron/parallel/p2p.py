@@ -105,6 +105,7 @@ class Link:
     backward: dist.ProcessGroup
 
     def group(self, message: Message) -> dist.ProcessGroup:
+        """Of the direction that a message takes."""
         return self.backward if message.is_gradient else self.forward
 
 

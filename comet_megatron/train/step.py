@@ -29,7 +29,7 @@ class BatchResult:
         chunk_losses: mean cross entropy by chunk index; NaN where no sequence had a label there.
         gate_means: mean gate by layer; empty where there is none.
         state_norms: mean norm of a global slot's state by layer; empty where there is none.
-        bubble: share of the stages' time that they waited, from the first op to the last; 0 with one stage.
+        bubble: share of the stages' time in the pass over the batch that they waited; 0 with one stage.
         grad_norm: before clipping; 0 in evaluation.
     """
 

@@ -70,6 +70,7 @@ class Trainer:
 
     @property
     def settings(self) -> BackwardSettings:
+        """How sequences are trained on."""
         train = self.config.train
         return BackwardSettings(
             bptt_chunks=train.bptt_chunks,
