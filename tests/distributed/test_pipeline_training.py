@@ -56,7 +56,12 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", MOVES)
+MINUTES = ("one process -> PP2", "PP2 x DP2 -> TP2+SP x PP2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in MINUTES else ()) for name in MOVES]
+)
 def test_a_run_goes_on_at_another_layout_with_the_same_losses(name, place, pool):
     (world, before), (other_world, after) = ([w, [f"parallel.{k}={v}" for k, v in p.items()]] for w, p in MOVES[name])
     config = config_in(place, train={"steps": 6, "save_every": 3})

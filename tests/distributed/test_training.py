@@ -74,7 +74,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+MINUTES = ("TP1 as ZeRO-1", "DP2 ZeRO-1 bf16", "TP2 bf16")  # together; what they are about is in the others too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in MINUTES else ()) for name in LAYOUTS]
+)
 def test_ten_steps_equal_five_steps_stop_resume_five_steps_bit_for_bit(name, tmp_path, pool):
     world, sections = LAYOUTS[name]
     make_start(tmp_path, pool)

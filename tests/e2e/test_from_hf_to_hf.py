@@ -148,12 +148,13 @@ def test_the_commands_train_with_two_processes_and_the_export_stands_alone(tmp_p
         tmp_path / "c.yaml",
         tmp_path,
         data={"train": str(data / "train")},
+        parallel={"pp": 2},
         optimizer={"lr": 3e-3, "decay_steps": 12},
         train={"steps": 6},
     )
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "comet_megatron.train")
     out = run(*torchrun, "--config", config)
-    assert "2 processes on cpu, 1 thread each: TP 1, DP 2, ZeRO-1" in out and "training loss fell" in out
+    assert "2 processes on cpu, 1 thread each: TP 1, PP 2, DP 1, ZeRO-1" in out and "training loss fell" in out
     out = run(*torchrun, "--config", config, "--resume", "train.steps=12", "parallel.zero1=true")
     assert "resume   after step 6" in out
     last = tmp_path / "run" / "checkpoints" / "step_0000012"
