@@ -49,6 +49,7 @@ from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.parallel.schedule import Op, Workload, plan_whole_sequences
 from comet_megatron.parallel.simulator import Span, Timeline, replay
 from comet_megatron.planning.balance import chunk_costs, resolve_layers_per_stage, stage_costs
+from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.planning.report import plan_pipeline
 from comet_megatron.testing.distributed import ProcessPool
 from comet_megatron.testing.tiny import layout_of
@@ -116,7 +117,7 @@ class WholeSequences:
 @cache
 def executors(process: ProcessRank) -> dict[str, Executor]:
     """The whole model, and this process's stage under the two schedules."""
-    keep_large_tensors_apart()
+    keep_large_tensors_apart(kept_piece_bytes(MODEL, MEMORY))
     layout = layout_of(process, pp=STAGES)
     whole = build_stage(MODEL, MEMORY, layout.groups)
     stage = build_stage(MODEL, MEMORY, layout.groups, stage=layout.pp_rank, layers_per_stage=split())
@@ -154,7 +155,7 @@ def run(process: ProcessRank, name: str, sequences: list[np.ndarray], ranks: Seq
 
 def measure_peak(process: ProcessRank, tokens: int, layers_per_stage: tuple[int, ...]) -> int:
     """Peak bytes of a step with recomputation above what this process held before: call it in a fresh one."""
-    keep_large_tensors_apart()
+    keep_large_tensors_apart(kept_piece_bytes(TINY, TINY_MEMORY))
     layout = layout_of(process, pp=STAGES)
     stage = build_stage(TINY, TINY_MEMORY, layout.groups, stage=layout.pp_rank, layers_per_stage=layers_per_stage)
     small_random_weights(stage)

@@ -39,6 +39,7 @@ from comet_megatron.model.build import build_stage
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.alone import alone
 from comet_megatron.parallel.executor import BackwardSettings
+from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.train.sequence import train_sequence
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "caseA"
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     quiet_libraries()
-    keep_large_tensors_apart()
+    keep_large_tensors_apart(kept_piece_bytes(ARCHITECTURE, MEMORY))
     if given.peak:
         print(measure_peak(given.peak[0], int(given.peak[1])))
         return 0

@@ -59,15 +59,20 @@ def set_cpu_threads(threads: int | str, *, processes_on_this_machine: int) -> in
     return int(threads)
 
 
-def keep_large_tensors_apart() -> bool:
-    """On CPU, give every tensor of 64 KiB or more a mapping of its own; whether this machine's malloc can (glibc).
+def keep_large_tensors_apart(kept_bytes: int) -> bool:
+    """On CPU, give large tensors mappings of their own; whether this machine's malloc can (glibc).
 
-    By itself it does so from 128 KiB on, and stops when the first large one is freed: then what a chunk leaves behind
-    for its backward lies between large tensors that come and go, and none of their memory can be given back. What it
-    costs and gains: docs/performance.md.
+    By itself it does so from 128 KiB on, until the first large one is freed: then what a chunk leaves behind for its
+    backward lies between larger tensors that come and go, and none of their memory can be given back. Mapping costs
+    time where tensors are small. Figures: docs/performance.md.
+
+    Args:
+        kept_bytes: of one such piece (planning.memory.kept_piece_bytes). It and all that is larger is mapped; if it is
+            small, only what is large.
     """
+    threshold = kept_bytes if kept_bytes >= 128 * 1024 else 1024 * 1024
     try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024))
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold))
     except (OSError, AttributeError):
         return False
 

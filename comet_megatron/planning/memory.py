@@ -122,6 +122,13 @@ def state_bytes(parameters: Parameters, *, precision: str, dp: int = 1, zero1: b
     )
 
 
+def kept_piece_bytes(architecture: Architecture, memory: MemorySizes) -> int:
+    """The smaller of what one layer writes in one full chunk: new temporary entries, new global state; fp32."""
+    beacons = -(-memory.chunk_size // memory.stride) if memory.stride > 0 else 0
+    pieces = [slots * architecture.hidden_size * 4 for slots in (beacons, memory.global_slots) if slots]
+    return min(pieces, default=0)
+
+
 def message_bytes(architecture: Architecture, plan: ChunkPlan, *, dtype_bytes: int, sequence_shards: int = 1) -> int:
     """Hidden states of a chunk's rows, as one rank sends them to the next stage; their gradient is as large.
 

@@ -18,6 +18,7 @@ from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.planning.balance import chunk_costs, describe_split, resolve_layers_per_stage
+from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
@@ -48,7 +49,7 @@ def build_trainer(
     device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
-        keep_large_tensors_apart()
+        keep_large_tensors_apart(kept_piece_bytes(description.architecture, description.memory))
         threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
     parallel = config.parallel
     layout = build_layout(

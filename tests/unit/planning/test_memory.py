@@ -18,6 +18,7 @@ from comet_megatron.planning.memory import (
     _padded_vocabulary,
     checkpoint_bytes,
     count_parameters,
+    kept_piece_bytes,
     message_bytes,
     state_bytes,
 )
@@ -168,3 +169,16 @@ def test_sequence_parallel_ranks_share_the_hidden_states_and_each_has_all_memory
         checkpoint_bytes(architecture, plan, 3, is_first=False, dtype_bytes=2, sequence_shards=n) for n in (1, 4)
     )
     assert whole - shared == (26 - 7) * 64 * 2
+
+
+@pytest.mark.parametrize(
+    "sizes,wanted",
+    [
+        ({}, 4 * 64 * 4),  # a beacon for every 4 of 16 tokens, hidden 64; 6 global slots are more
+        ({"global_slots": 2}, 2 * 64 * 4),
+        ({"stride": -1}, 6 * 64 * 4),
+        ({"stride": -1, "global_slots": 0}, 0),
+    ],
+)
+def test_the_smallest_piece_that_a_layer_leaves_of_a_chunk(sizes, wanted):
+    assert kept_piece_bytes(tiny_architecture(), tiny_memory(**sizes)) == wanted
