@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from comet_megatron.errors import ConfigError
 from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.planning.memory import Parameters, state_bytes
 
-# bf16 weights 2 and fp32 gradients 4; fp32 master weights 4 and Adam's two moments 8.
-BYTES_OF_WEIGHTS, BYTES_OF_OPTIMIZER = 6, 12
 GB = 1e9
 
 
 def state_gb(parameters: float, *, model_parallel: int, data_parallel: int = 1) -> float:
     """GB a GPU holds of weights, gradients and optimizer state in bf16 with ZeRO-1, if all hold the same share."""
-    return parameters / model_parallel * (BYTES_OF_WEIGHTS + BYTES_OF_OPTIMIZER / data_parallel) / GB
+    share = round(parameters / model_parallel)
+    return state_bytes(Parameters(all=share, trained=share), precision="bf16", dp=data_parallel).total / GB
 
 
 def describe_need(parameters: float, *, tp: int, pp: int, processes: int) -> str:

@@ -25,7 +25,7 @@ from comet_megatron.model.loss import head_loss, head_loss_backward
 from comet_megatron.model.memory import LayerMemory, WrittenMemory, carry_memory
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.activity import Activity
-from comet_megatron.parallel.p2p import Expected, LocalTransport, Message, Transport
+from comet_megatron.parallel.p2p import Expected, LocalTransport, Message, Room, Transport
 from comet_megatron.parallel.schedule import (
     Kind,
     Op,
@@ -57,6 +57,11 @@ class BackwardSettings:
     recompute: bool = False
     slice_tokens: int = 1024
     slack: int = 1
+
+    @property
+    def window(self) -> int | None:
+        """Chunks of a window of truncated backpropagation; None: whole sequences."""
+        return None if self.bptt_chunks == "all" else int(self.bptt_chunks)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class Executor:
         return Workload(
             self.num_stages,
             tuple(len(m.plans) for m in batch if m.plans),
-            bptt_chunks=None if settings.bptt_chunks == "all" else int(settings.bptt_chunks),
+            bptt_chunks=settings.window,
             recompute=recompute_everything if settings.recompute else recompute_nothing,
         )
 
@@ -260,7 +265,7 @@ class _Run:
         self.records: dict[tuple[int, int, int], _Record] = {}  # (stage, sequence, chunk)
         self.losses: dict[tuple[int, int], Tensor] = {}  # (sequence, chunk)
         self.observed = {(s, m): _Observed() for s in executor.stages for m in range(len(self.worked))}
-        self.window = None if settings.bptt_chunks == "all" else int(settings.bptt_chunks)
+        self.todo = {Kind.FORWARD: self._forward, Kind.RECOMPUTE: self._recompute, Kind.BACKWARD: self._backward}
         executor.activity.clear()
         expected = [e for stage, ops in lists.items() for e in self._expected(stage, ops)]
         executor.transport.start(expected, max_in_flight=max_in_flight_of(settings.slack))
@@ -286,9 +291,8 @@ class _Run:
 
     def do(self, op: Op) -> None:
         """Run one op."""
-        todo = {Kind.FORWARD: self._forward, Kind.RECOMPUTE: self._recompute, Kind.BACKWARD: self._backward}
         with self.executor.activity.op(op):
-            todo[op.kind](op, self.executor.stages[op.stage])
+            self.todo[op.kind](op, self.executor.stages[op.stage])
 
     def finish(self) -> list[SequenceResult]:
         """Results of the whole batch, by microbatch."""
@@ -308,7 +312,7 @@ class _Run:
             return self.executor.transport.receive(message)
 
     def _send(self, message: Message, tensor: Tensor) -> None:
-        with self.executor.activity.waiting(f"room to send {message}", after_work=True):
+        with self.executor.activity.waiting(Room(message), after_work=True):
             self.executor.transport.send(message, tensor)
 
     def _forward(self, op: Op, stage: CometStage) -> None:
@@ -347,7 +351,7 @@ class _Run:
         if op.chunk == 0:
             return stage.empty_memory()
         memory = self.memory.pop(op[1:3])
-        if self.window and op.chunk % self.window == 0:
+        if self.settings.window and op.chunk % self.settings.window == 0:
             memory = [_without_gradient(m) for m in memory]
         return memory
 

@@ -43,6 +43,15 @@ class Message(NamedTuple):
         return f"the {what} of sequence {self.sequence} chunk {self.chunk} from stage {self.sender}"
 
 
+class Room(NamedTuple):
+    """What a sender waits for while too many messages are on their way; in words only if somebody asks."""
+
+    message: Message
+
+    def __str__(self) -> str:
+        return f"room to send {self.message}"
+
+
 class Expected(NamedTuple):
     """A message to come."""
 
