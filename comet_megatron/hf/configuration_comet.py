@@ -1,4 +1,4 @@
-"""Configuration of a CoMeT model (arXiv 2602.01766): a Qwen3 backbone, two memories and the tokens that write them."""
+"""Configuration of a CoMeT model (arXiv 2602.01766): the backbone, two memories and the tokens that write them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+# Rotary scalings, and what each needs to know.
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 class CometConfig(PretrainedConfig):
     """Sizes of the backbone (Qwen3's keys) and of the memories (the keys of CoMeT's authors).
 
-    The defaults describe a backbone without memory, whose text is cut into chunks that do not see each other.
+    The defaults describe a Qwen3 without memory, whose text is cut into chunks that do not see each other.
 
     Args:
+        backbone_model_type: model_type of the backbone (qwen3, qwen2, llama, mistral); a name only.
+        qk_norm: queries and keys are normed, as in Qwen3.
+        qkv_bias: their projections and that of the values have biases, as in Qwen2.
         rope_theta: base of the rotary embedding; `rope_parameters={"rope_theta": ...}` (transformers 5) is read too.
+        rotary_scaling: {"rope_type": "llama3" | "linear", "factor": ...} with the keys of transformers, or None;
+            read from `rope_parameters` or `rope_scaling` too. Under a name of its own, as transformers 4 and 5 make
+            different things of those.
         chunk_size: text tokens of a chunk; beacons and memory slots come on top.
         placeholder_id: id that stands for a memory slot where a position needs an id; never generated.
         temp_beacon_id: id of the beacon that writes one slot of the temporary memory.
@@ -43,7 +55,11 @@ class CometConfig(PretrainedConfig):
         max_position_embeddings: int = 32768,
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
+        backbone_model_type: str = "qwen3",
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
         rope_theta: float | None = None,
+        rotary_scaling: dict[str, Any] | None = None,
         rope_parameters: dict[str, Any] | None = None,
         rope_scaling: dict[str, Any] | None = None,
         attention_bias: bool = False,
@@ -74,8 +90,13 @@ class CometConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         # Not kept as `rope_parameters`: transformers 4 and 5 then read and write the same plain key.
-        rope = {**(rope_scaling or {}), **(rope_parameters or {})}
-        self.rope_theta = float(rope.get("rope_theta") or rope_theta or 1e6)
+        rope = {**(rope_scaling or {}), **(rope_parameters or {}), **(rotary_scaling or {})}
+        self.backbone_model_type = backbone_model_type
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.rope_theta = float(rope.pop("rope_theta", None) or rope_theta or 1e6)
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        self.rotary_scaling = None if rope["rope_type"] == "default" else rope
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
         self.use_sliding_window = use_sliding_window
@@ -99,7 +120,7 @@ class CometConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-        problems = self._memory_problems() + self._backbone_problems(rope)
+        problems = self._memory_problems() + self._backbone_problems()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -137,7 +158,7 @@ class CometConfig(PretrainedConfig):
             problems.append(f"beacon or placeholder ids {beyond} are beyond vocab_size={self.vocab_size}")
         return problems
 
-    def _backbone_problems(self, rope: dict[str, Any]) -> list[str]:
+    def _backbone_problems(self) -> list[str]:
         problems = []
         if self.num_attention_heads % self.num_key_value_heads:
             problems.append(
@@ -146,13 +167,17 @@ class CometConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} must be even for rotary positions")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        rope = self.rotary_scaling
+        if rope is not None and rope["rope_type"] not in ROPE_KEYS:
+            problems.append(f"rope_type={rope['rope_type']!r} is not built, only default, {', '.join(ROPE_KEYS)}")
+        elif rope is not None:
+            keys = ROPE_KEYS[rope["rope_type"]]
+            problems += [f"rope_type={rope['rope_type']!r} needs the key {k}" for k in keys if not rope.get(k)]
         for key, value, built in (
             ("hidden_act", self.hidden_act, "silu"),
             ("attention_bias", self.attention_bias, False),
             ("attention_dropout", self.attention_dropout, 0.0),
             ("use_sliding_window", self.use_sliding_window, False),
-            ("rope_type", rope_type, "default"),
         ):
             if value != built:
                 problems.append(f"{key}={value!r} is not built, only {built!r}")

@@ -100,11 +100,25 @@ def build_causal_mask(rows: int, before: int, device: torch.device) -> Tensor | 
     return torch.ones(rows, before + rows, dtype=torch.bool, device=device).tril(before)
 
 
+def rotary_frequencies(config: CometConfig, device: torch.device) -> Tensor:
+    """Radians per position [E/2], fp32. Llama 3's scaling divides low frequencies by `factor`, leaves high ones as they
+    are, and blends between the two wavelengths (source: transformers, modeling_rope_utils)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies, scaling = 1.0 / config.rope_theta**exponents, config.rotary_scaling
+    if scaling is None:
+        return frequencies
+    kept = torch.zeros_like(frequencies)
+    if scaling["rope_type"] == "llama3":
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - kept) / scaling["factor"] + kept)
+
+
 def build_rotary(start: int, rows: int, config: CometConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine [rows, E/2], fp32, of positions start, start + 1, ... within the chunk."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     positions = torch.arange(start, start + rows, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    angles = torch.outer(positions, rotary_frequencies(config, device))
     return angles.cos(), angles.sin()
 
 
@@ -167,19 +181,19 @@ class GlobalMemoryNet(nn.Module):
 
 
 class CometAttention(nn.Module):
-    """Grouped-query attention with normed queries and keys, as in Qwen3, over given keys and values and its own."""
+    """Grouped-query attention over given keys and values and its own: Qwen3's, Qwen2's, Llama's and Mistral's."""
 
     def __init__(self, config: CometConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.group_size = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = CometRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def _split_heads(self, x_BCF: Tensor) -> Tensor:
         return x_BCF.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -285,6 +299,8 @@ class CometPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, CometRMSNorm):
             nn.init.ones_(module.weight)
 

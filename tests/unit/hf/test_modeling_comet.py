@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from comet_megatron.hf.configuration_comet import CometConfig
 from comet_megatron.hf.modeling_comet import CometForCausalLM, Row, plan_rows
@@ -29,6 +29,26 @@ BACKBONE = {
 GLOBAL = {"global_beacon_ids": [82, 83]}
 TEMPORARY = {"temp_beacon_id": BEACON, "temp_beacon_stride": 3, "temp_mem_budget": 4}
 SWITCHES = {"both": {**GLOBAL, **TEMPORARY}, "global": GLOBAL, "temporary": TEMPORARY, "neither": {}}
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,  # so low that all three bands of wavelengths occur in a head of 8
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "qwen3": (Qwen3Config, {}, {}),
+    "qwen2": (Qwen2Config, {}, {"qk_norm": False, "qkv_bias": True}),
+    "llama": (LlamaConfig, {"rope_parameters": LLAMA3}, {"qk_norm": False}),
+    "llama, linear scaling": (
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+        {"qk_norm": False},
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None}, {"qk_norm": False}),
+}
 
 every_switch = pytest.mark.parametrize("switch", SWITCHES)
 
@@ -79,17 +99,23 @@ class TestLayout:
 class TestForward:
     @pytest.mark.parametrize("switch", ["global", "neither"])
     @pytest.mark.parametrize("tied", [False, True])
-    def test_a_text_shorter_than_a_chunk_is_the_backbone_alone(self, switch, tied):
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_text_shorter_than_a_chunk_is_the_backbone_alone(self, family, switch, tied):
+        kind, given, ours = FAMILIES[family]
         torch.manual_seed(0)
-        qwen = Qwen3ForCausalLM(Qwen3Config(**{**BACKBONE, "tie_word_embeddings": tied}, rope_theta=1e6)).eval()
-        model = build_model(switch, chunk_size=50, tie_word_embeddings=tied)
-        weights = {k.replace(".self_attn", ".inner_layer.self_attn"): v for k, v in qwen.state_dict().items()}
+        backbone = AutoModelForCausalLM.from_config(kind(**{**BACKBONE, "tie_word_embeddings": tied, **given})).eval()
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        rope = backbone.config.to_dict()["rope_parameters"]
+        model = build_model(switch, chunk_size=50, tie_word_embeddings=tied, rope_parameters=rope, **ours)
+        weights = {k.replace(".self_attn", ".inner_layer.self_attn"): v for k, v in backbone.state_dict().items()}
         for part in ("mlp", "input_layernorm", "post_attention_layernorm"):
             weights = {k.replace(f".{part}.", f".inner_layer.{part}."): v for k, v in weights.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and all("global_memory_net" in key for key in missing)
         text = random_text(41, batch=2)
-        assert_near(model(text).logits, qwen(text).logits)
+        assert_near(model(text).logits, backbone(text).logits)
 
     @every_switch
     def test_the_past_reaches_the_next_chunk_through_the_memory_alone(self, switch):
@@ -386,6 +412,7 @@ class TestConfig:
             ({"attention_bias": True}, "attention_bias=True"),
             ({"use_sliding_window": True}, "use_sliding_window=True"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+            ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "rope_type='llama3' needs the key low_freq_factor"),
         ],
     )
     def test_sizes_that_contradict_each_other_are_refused_by_name(self, changes, named):
