@@ -29,6 +29,16 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a folder's files and folders into another, with the permissions that new files have here."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_files(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def check_is_new(output_dir: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder that may be written.
 

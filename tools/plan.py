@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from comet_megatron.checkpoint.model_folder import ModelDescription, read_description
+from comet_megatron.checkpoint.model_folder import ModelDescription
+from comet_megatron.checkpoint.start import open_start
 from comet_megatron.config.load import LoadedConfig, load_config
 from comet_megatron.config.rules import check_config, check_layout, require
 from comet_megatron.config.schema import REQUIRED, Config
@@ -119,7 +120,7 @@ def check(loaded: LoadedConfig, *, processes: int) -> ModelDescription:
     problems: list[CometError] = list(check_config(config, where=where))
     description = None
     try:
-        description = read_description(Path(config.model.path))
+        description = open_start(config).description
         problems += check_layout(
             config, description.architecture, description.memory, world_size=processes, where=where
         )
@@ -199,7 +200,8 @@ def _describe_run(config: Config, description: ModelDescription, *, processes: i
     temporary = f"a beacon every {memory.stride} tokens, budget {memory.budget}" if memory.stride > 0 else "no beacons"
     tensor = f"TP {parallel.tp}{' with sequence parallelism' if parallel.sequence_parallel else ''}"
     return [
-        f"model    {config.model.path}: {architecture.family}, {counted(architecture.num_layers, 'layer')}, "
+        f"model    {config.model.path or config.model.init_from}: {architecture.family}, "
+        f"{counted(architecture.num_layers, 'layer')}, "
         f"hidden {architecture.hidden_size}, vocabulary {architecture.vocab_size}",
         f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
         f"layout   {counted(processes, 'process')}: {tensor}, PP {parallel.pp}, DP {dp}"

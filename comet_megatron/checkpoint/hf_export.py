@@ -1,39 +1,79 @@
-"""Export a checkpoint as a Hugging Face folder that stands alone: config, weights, tokenizer and the modeling code."""
+"""Export a checkpoint as a Hugging Face folder, file by file: no more than one file's weights are in memory.
+
+Three forms: comet (ours: config, weights, tokenizer and the modeling code), official (loads into the authors' class),
+backbone (the plain model without its memory).
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 
 import comet_megatron.hf
-from comet_megatron.checkpoint.hf_rules import plan_rules, to_hf
+from comet_megatron.checkpoint.hf_config import backbone_vocabulary, hf_config_of
+from comet_megatron.checkpoint.hf_folder import INDEX
+from comet_megatron.checkpoint.hf_rules import Rule, Shape, Vocabulary, plan_rules
+from comet_megatron.checkpoint.hf_tokenizer import write_text_tokenizer
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, read_description
-from comet_megatron.checkpoint.sharded import load_weights, stored_precision
+from comet_megatron.checkpoint.sharded import load_whole, stored_precision, stored_shapes
 from comet_megatron.data.tokenizer import load_tokenizer
-from comet_megatron.errors import CheckpointError
+from comet_megatron.errors import CheckpointError, DataError
 from comet_megatron.model.architectures import DTYPES
-from comet_megatron.model.build import build_stage
-from comet_megatron.new_folder import new_folder
+from comet_megatron.new_folder import copy_files, new_folder
 from comet_megatron.parallel.layout import Layout
 
-CODE_FILES = ("configuration_comet.py", "modeling_comet.py")
+EXPORT_DTYPES = {**DTYPES, "fp16": torch.float16}
 MAX_FILE_SIZE = "5GB"
 
 
-def export_hf(checkpoint: Path, output: Path, layout: Layout, *, dtype: str = "auto") -> ModelDescription:
-    """Write a folder for `AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`. One process.
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        dtype: of the weights.
+        files: safetensors and their bytes.
+    """
+
+    description: ModelDescription
+    form: str
+    dtype: torch.dtype
+    files: Mapping[str, int]
+
+
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    layout: Layout,
+    *,
+    form: str = "comet",
+    dtype: str = "auto",
+    max_file_size: int | str = MAX_FILE_SIZE,
+    check: Any = None,
+) -> Export:
+    """Write a folder that transformers loads. One process.
 
     Args:
         checkpoint: folder of a starting checkpoint or of a training run's, saved on any layout.
-        dtype: fp32 | bf16 | auto (as stored).
+        layout: of this one process; Megatron reads no checkpoint without.
+        form: comet | official | backbone.
+        dtype: fp32 | bf16 | fp16 | auto (as stored).
+        check: called as check(folder, export) before the folder gets its name; what it raises leaves nothing behind.
 
     Raises:
-        CheckpointError, DataError: the checkpoint is damaged, its tokenizer does not load, or `output` is not empty.
+        CheckpointError, DataError: the checkpoint is damaged, does not fit the form, or its tokenizer does not load.
+        OutputError: `output` is not empty.
     """
+    assert layout.world_size == 1
     description = read_description(checkpoint)
     tokenizer_folder = checkpoint / TOKENIZER
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -41,71 +81,105 @@ def export_hf(checkpoint: Path, output: Path, layout: Layout, *, dtype: str = "a
         raise CheckpointError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {description.architecture.vocab_size}",
             where=str(checkpoint),
+            way_out="use a checkpoint whose tokenizer/ was not changed",
         )
+    target = EXPORT_DTYPES[stored_precision(checkpoint) if dtype == "auto" else dtype]
+    name = str(target).removeprefix("torch.")
+    config = hf_config_of(description, tokenizer_eos=tokenizer.eos_token_id, dtype=name, form=form)
     with new_folder(output) as folder:
-        stored = stored_precision(checkpoint)
-        stage = build_stage(description.architecture, description.memory, layout.groups, precision=stored)
-        load_weights(checkpoint, stage, layout)
-        rules = plan_rules(description.architecture, description.memory)
-        params = {name: p.detach()[: _rows(name, p, description)] for name, p in stage.named_parameters()}
-        tensors = to_hf(rules, params)
-        target = DTYPES[stored if dtype == "auto" else dtype]
-        weights = {name: t.to(target, copy=True).contiguous() for name, t in tensors.items()}
-        save_torch_state_dict(weights, folder, max_shard_size=MAX_FILE_SIZE, metadata={"format": "pt"})
-        config = hf_config_of(description, tokenizer_eos=tokenizer.eos_token_id, dtype=target)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
+        files = write_weights(checkpoint, folder, rules_of(description, form), target, max_file_size=max_file_size)
+        generation = generation_config_of(description, config)
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        code = Path(comet_megatron.hf.__file__).parent
-        for name in CODE_FILES:
-            shutil.copyfile(code / name, folder / name)
-        for file in tokenizer_folder.iterdir():
-            shutil.copyfile(file, folder / file.name)
-    return description
+        if form == "comet":
+            for file in Path(comet_megatron.hf.__file__).parent.glob("*_comet.py"):
+                shutil.copyfile(file, folder / file.name)
+        if form == "backbone":
+            write_text_tokenizer(tokenizer_folder, folder, first_new_id=description.memory.first_new_id)
+        else:
+            copy_files(tokenizer_folder, folder)
+        check_tokenizer(folder)
+        export = Export(description, form, target, files)
+        if check is not None:
+            check(folder, export)
+    return export
 
 
-def _rows(name: str, param: torch.Tensor, description: ModelDescription) -> int:
-    """Rows of a parameter without Megatron's vocabulary padding."""
-    in_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-    return description.architecture.vocab_size if in_vocabulary else len(param)
+def rules_of(description: ModelDescription, form: str) -> list[Rule]:
+    """The tensors of an export: where they are in the checkpoint, their names and shapes in the folder."""
+    if form != "backbone":
+        return plan_rules(description.architecture, description.memory)
+    return plan_rules(replace(description.architecture, vocab_size=backbone_vocabulary(description)), None)
 
 
-def hf_config_of(description: ModelDescription, *, tokenizer_eos: int | None, dtype: torch.dtype) -> dict[str, object]:
-    """config.json of the export: the backbone's own keys, then CoMeT's."""
-    architecture, memory, origin = description.architecture, description.memory, description.hf_config
-    eos = origin.get("eos_token_id")
-    eos = tokenizer_eos if eos is None else eos
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = origin.get("pad_token_id")
-    return {
-        "architectures": ["CometForCausalLM"],
-        "model_type": "comet",
-        "auto_map": {
-            "AutoConfig": "configuration_comet.CometConfig",
-            "AutoModelForCausalLM": "modeling_comet.CometForCausalLM",
-        },
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": architecture.vocab_size,
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.ffn_hidden_size,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_query_groups,
-        "head_dim": architecture.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": architecture.max_positions,
-        "initializer_range": architecture.init_std,
-        "rms_norm_eps": architecture.norm_eps,
-        "rope_theta": architecture.rope_theta,
-        "tie_word_embeddings": architecture.tie_embeddings,
-        "bos_token_id": origin.get("bos_token_id"),
-        "eos_token_id": eos,
-        "pad_token_id": first_eos if pad is None else pad,
-        "chunk_size": memory.chunk_size,
-        "placeholder_id": memory.memory_token_id,
-        "temp_beacon_id": memory.beacon_id,
-        "temp_beacon_stride": memory.stride,
-        "temp_mem_budget": memory.budget,
-        "global_beacon_ids": list(memory.global_beacon_ids),
-        "memory_adapter_rank": memory.adapter_rank,
-    }
+def generation_config_of(description: ModelDescription, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The original model's way of sampling, with ids that end a text and that fill up."""
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    return {**ends, **{k: v for k, v in description.generation_config.items() if v is not None}}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """
+    Raises:
+        CheckpointError: AutoTokenizer cannot load what was written.
+    """
+    try:
+        load_tokenizer(folder)
+    except DataError as error:
+        raise CheckpointError(
+            f"the export's tokenizer cannot be loaded: {error.what}", way_out="nothing was written; mend tokenizer/"
+        ) from error
+
+
+def write_weights(
+    checkpoint: Path, folder: Path, rules: Sequence[Rule], dtype: torch.dtype, *, max_file_size: int | str
+) -> dict[str, int]:
+    """Write safetensors files, and an index if there are several. Their bytes by file name."""
+    check_stored(checkpoint, rules)
+    shapes: dict[str, Shape] = {n: shape for rule in rules for n, shape in zip(rule.hf, rule.shapes, strict=True)}
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(planned, max_shard_size=max_file_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = dict(_tensors(checkpoint, rules, set(names), dtype))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {file: (folder / file).stat().st_size for file in split.filename_to_tensors}
+
+
+def check_stored(checkpoint: Path, rules: Sequence[Rule]) -> None:
+    """
+    Raises:
+        CheckpointError: parameters are missing, or of other shapes than model.json says.
+    """
+    found, problems = stored_shapes(checkpoint, [rule.megatron for rule in rules]), []
+    for rule in rules:
+        want = tuple(rule.to_megatron([torch.empty(shape, device="meta") for shape in rule.shapes]).shape)
+        have = found.get(rule.megatron)
+        if have is not None and isinstance(rule, Vocabulary):
+            have = (min(have[0], want[0]), *have[1:])  # it may be padded
+        if have is None:
+            problems.append(f"{rule.megatron} is missing")
+        elif have != want:
+            problems.append(f"{rule.megatron} has shape {have}, not {want}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"the weights are of other sizes than model.json says: {'; '.join(problems[:5])}{more}",
+            where=str(checkpoint),
+            way_out="the checkpoint is damaged: use another one, or convert again",
+        )
+
+
+def _tensors(
+    checkpoint: Path, rules: Sequence[Rule], names: set[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of an export."""
+    wanted = [rule for rule in rules if names.intersection(rule.hf)]
+    loaded = load_whole(checkpoint, [rule.megatron for rule in wanted])
+    for rule in wanted:
+        for name, tensor in zip(rule.hf, rule.to_hf(loaded.pop(rule.megatron)), strict=True):
+            if name in names:
+                yield name, tensor.to(dtype, copy=True).contiguous()

@@ -11,7 +11,7 @@ FOLDER/
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ class ModelDescription:
     Attributes:
         hf_config: config.json of the Hugging Face model that the backbone came from.
         text_tokenizer: fingerprint of the tokenizer that makes text ids, before CoMeT's tokens were added.
+        generation_config: generation_config.json of that model: its way of sampling goes into exports.
     """
 
     architecture: Architecture
     memory: MemorySizes
     hf_config: dict[str, Any]
     text_tokenizer: str = ""
+    generation_config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def read_description(folder: Path) -> ModelDescription:
             memory=from_dict(MemorySizes, content["memory"]),
             hf_config=content["hf_config"],
             text_tokenizer=content["text_tokenizer"],
+            generation_config=content.get("generation_config", {}),  # checkpoints before it was kept have none
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from comet_megatron.checkpoint.model_folder import (
@@ -27,8 +30,9 @@ from comet_megatron.checkpoint.model_folder import (
     write_progress,
 )
 from comet_megatron.errors import CheckpointError, OutputError
+from comet_megatron.model.specs import stored_prefixes
 from comet_megatron.model.stage import CometStage
-from comet_megatron.new_folder import make_folder
+from comet_megatron.new_folder import copy_files, make_folder
 from comet_megatron.parallel.layout import Layout
 
 
@@ -69,10 +73,7 @@ def save_checkpoint(
         write_description(temporary, description)
         if progress is not None:
             write_progress(temporary, progress)
-        (temporary / TOKENIZER).mkdir()
-        for file in tokenizer.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, temporary / TOKENIZER / file.name)
+        copy_files(tokenizer, temporary / TOKENIZER)
         (temporary / COMPLETE).touch()
         os.replace(temporary, folder)
     dist.barrier()
@@ -142,12 +143,49 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def stored_precision(folder: Path) -> str:
-    """ "fp32" or "bf16": how a checkpoint stores its weights."""
+def load_whole(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some parameters of a checkpoint, whole and with Megatron's padding, as they are stored. One process.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    stored = _stored_tensors(folder)
+    key_of = {name: stored_name(name) for name in names}
+    wanted = {
+        name: ShardedTensor.from_rank_offsets(
+            key, torch.empty(tuple(stored[key].global_shape), dtype=stored[key].dtype)
+        )
+        for name, key in key_of.items()
+    }
+    return _load(wanted, folder)
+
+
+def stored_shapes(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of those of the named parameters that a checkpoint holds."""
+    stored = _stored_tensors(folder)
+    key_of = {name: stored_name(name) for name in names}
+    return {name: tuple(stored[key].global_shape) for name, key in key_of.items() if key in stored}
+
+
+def stored_name(name: str) -> str:
+    """Under which a checkpoint holds a parameter: Megatron files a norm under the matrix that follows it, with which
+    Transformer Engine fuses it."""
+    for ours, theirs in stored_prefixes().items():
+        name = name.replace(f".{ours}", f".{theirs}")
+    return name
+
+
+def _stored_tensors(folder: Path) -> dict[str, ShardedTensor]:
+    """Shapes and dtypes."""
     try:
-        metadata = dist_checkpointing.load_tensors_metadata(str(folder / WEIGHTS))
-        return "bf16" if metadata["decoder.final_layernorm.weight"].dtype == torch.bfloat16 else "fp32"
+        return dist_checkpointing.load_tensors_metadata(str(folder / WEIGHTS))
     except (CheckpointingException, OSError, EOFError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"the weights cannot be read: {error!r}", where=str(folder / WEIGHTS), way_out="use another checkpoint"
         ) from error
+
+
+def stored_precision(folder: Path) -> str:
+    """ "fp32" or "bf16": how a checkpoint stores its weights."""
+    final_norm = _stored_tensors(folder).get("decoder.final_layernorm.weight")
+    return "bf16" if final_norm is not None and final_norm.dtype == torch.bfloat16 else "fp32"

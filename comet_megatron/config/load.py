@@ -27,6 +27,7 @@ from comet_megatron.config.schema import REQUIRED, Config, to_dict
 from comet_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
+INSTEAD_OF = {"model.path": "model.init_from"}  # a required key that need not be given where the other is
 LAUNCHER_SECTION = "recipe"  # launch/recipe.py reads it: what is prepared before training
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 _NULL, _STRING = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
@@ -74,6 +75,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 values[key] = _convert(one.node, hints[key])
         except ValueError as error:
             problems.append(ConfigError(f"{key}={_shown(one.node)} is not {error}", where=one.place))
+    for key, other in INSTEAD_OF.items():
+        if other in given and key not in given:
+            values[key] = ""
     _resolve(interpolated, values, hints, given, problems)
     if root is not None:
         problems += _missing(path, hints, given)
@@ -337,7 +341,7 @@ def _missing(path: Path, hints: Mapping[str, Any], given: Mapping[str, _Given]) 
     """A problem for each required field without a value."""
     problems = []
     for key in hints:
-        is_required = _default(key) == REQUIRED
+        is_required = _default(key) == REQUIRED and INSTEAD_OF.get(key) not in given
         one = given.get(key)
         if (one is None and is_required) or (one is not None and _is_required_marker(one.node)):
             place = one.place if one else path.name

@@ -14,6 +14,7 @@ from comet_megatron.config.schema import REQUIRED, Architecture, Config, MemoryS
 from comet_megatron.errors import ConfigError
 
 MAX_SEED = 2**32 - 1  # the largest that NumPy takes
+HF_PREFIX = "hf:"  # of model.init_from
 
 _CHOICES = {
     "model.precision": ("fp32", "bf16"),
@@ -37,8 +38,15 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = ("parallel.timeout_s", "optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
 _ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad")
-_COUNT_OR_WORD = {"train.bptt_chunks": "all", "train.cpu_threads": "auto", "optimizer.decay_steps": "auto"}
-_NOT_EMPTY = ("model.path", "data.train", "train.output")
+_COUNT_OR_WORD = {
+    "train.bptt_chunks": "all",
+    "train.cpu_threads": "auto",
+    "optimizer.decay_steps": "auto",
+    "memory.chunk_size": "auto",
+    "memory.budget": "auto",
+    "memory.adapter_rank": "auto",
+}
+_NOT_EMPTY = ("data.train", "train.output")
 _SHOWN_AT_MOST = 10  # values in a list of what would work
 
 Where = Mapping[str, str]
@@ -95,6 +103,7 @@ def _check_ranges(values: Mapping[str, Any], where: Where) -> list[ConfigError]:
 def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     problems = []
     optimizer, train = config.optimizer, config.train
+    problems += _check_start(config, where)
     if 0 < optimizer.lr < optimizer.min_lr:
         what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
         problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
@@ -117,6 +126,34 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
         what += f"use {train.steps} or fewer"
         problems.append(_problem(what, where, "profile.timeline_step", "train.steps"))
     return problems + _check_layers_per_stage(config, where)
+
+
+def _check_start(config: Config, where: Where) -> list[ConfigError]:
+    """One model to start from; the section memory is for a model that has none."""
+    path, origin = config.model.path.strip(), config.model.init_from.strip()
+    if not origin:
+        problems = []
+        if not path:
+            what = "model.path='' must be the path of a folder; or give model.init_from=hf:DIR"
+            problems.append(_problem(what, where, "model.path"))
+        if given := [f"memory.{k}" for k, v in to_dict(config.memory).items() if v != "auto"]:
+            what = f"{_listed(given, 'and')} would change nothing: a checkpoint (model.path) has its sizes; "
+            problems.append(_problem(what + "leave the section memory out, or use model.init_from", where, *given))
+        return problems
+    problems = []
+    if path:
+        what = f"model.path={path!r} and model.init_from={origin!r} are two models to start from; give one"
+        problems.append(_problem(what, where, "model.path", "model.init_from"))
+    if not origin.startswith(HF_PREFIX) or not origin.removeprefix(HF_PREFIX):
+        what = f"model.init_from={origin!r} must be hf:DIR, DIR a Hugging Face model; a checkpoint goes in model.path"
+        problems.append(_problem(what, where, "model.init_from"))
+    for key, least in (("global_slots", 0), ("stride", 1)):
+        value = getattr(config.memory, key)
+        off = " or -1" if key == "stride" else ""
+        if value != "auto" and (isinstance(value, str) or (value < least and not (off and value == -1))):
+            what = f"memory.{key}={value!r} must be auto, or {least} or more{off}"
+            problems.append(_problem(what, where, f"memory.{key}"))
+    return problems
 
 
 def _check_layers_per_stage(config: Config, where: Where) -> list[ConfigError]:
@@ -149,10 +186,14 @@ def check_layout(
     The checkpoint's own sizes are checked too. The vocabulary has no rule: it is padded until tp divides it.
     """
     where = where or {}
-    problems = check_architecture(architecture, where=config.model.path)
-    problems += check_memory_sizes(memory, architecture, where=config.model.path)
+    origin = config.model.path or config.model.init_from.removeprefix(HF_PREFIX)
+    problems = check_architecture(architecture, where=origin)
+    problems += check_memory_sizes(memory, architecture, where=origin)
     if config.train.trainable == "memory" and memory.global_slots == 0 and memory.stride == -1:
         what = "train.trainable=memory, but the model has no memory; use train.trainable=all"
+        problems.append(_problem(what, where, "train.trainable"))
+    elif config.train.trainable == "memory" and set(memory.new_ids) != set(memory.memory_ids):
+        what = "train.trainable=memory, but there are text ids among the model's beacon ids; use train.trainable=all"
         problems.append(_problem(what, where, "train.trainable"))
     tp, pp = config.parallel.tp, config.parallel.pp
     if tp < 1 or pp < 1 or world_size < 1:

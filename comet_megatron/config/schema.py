@@ -11,7 +11,19 @@ REQUIRED = "???"  # OmegaConf's marker for a value the user must give
 @dataclass(frozen=True)
 class ModelSection:
     path: str = REQUIRED  # checkpoint folder to start from (tools/convert_from_hf.py writes it)
+    init_from: str = ""  # instead of path: hf:DIR, a Hugging Face model; see the section memory
     precision: str = "fp32"  # fp32 | bf16 (bf16 keeps fp32 master weights and gradients)
+
+
+@dataclass(frozen=True)
+class MemorySection:
+    """Of the memory that a model without one gets (model.init_from). auto: the paper's, or what the model has."""
+
+    chunk_size: Union[int, str] = "auto"  # text tokens a chunk
+    global_slots: Union[int, str] = "auto"  # 0: no global memory
+    stride: Union[int, str] = "auto"  # text tokens per beacon; -1: no temporary memory
+    budget: Union[int, str] = "auto"  # temporary slots kept
+    adapter_rank: Union[int, str] = "auto"  # of the memory nets
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class Config:
     """A whole training run."""
 
     model: ModelSection = field(default_factory=ModelSection)
+    memory: MemorySection = field(default_factory=MemorySection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
@@ -87,10 +100,21 @@ class Config:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How a model's rotary frequencies were stretched for longer texts (transformers' keys, in rope_scaling)."""
+
+    rope_type: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0  # llama3's
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes of the backbone, as a checkpoint states them."""
 
-    family: str  # Hugging Face model_type: qwen3
+    family: str  # Hugging Face model_type: qwen3, qwen2, llama, mistral; what differs is in the fields below
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -102,7 +126,10 @@ class Architecture:
     rope_theta: float
     tie_embeddings: bool
     init_std: float = 0.02
-    max_positions: int = 32768  # of the original model; a chunk and its slots must fit
+    max_positions: int = 32768  # of the original model, or its sliding window; a chunk and its slots must fit
+    qk_norm: bool = True  # queries and keys are normed, per head
+    qkv_bias: bool = False  # their projections and the values' have biases
+    rope_scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +139,8 @@ class MemorySizes:
     chunk_size: int  # text tokens a chunk
     stride: int  # text tokens per beacon; -1: no temporary memory
     budget: int  # slots of the temporary FIFO
-    memory_token_id: int  # stands for a slot where a position needs an id (placeholder_id)
-    beacon_id: int
+    memory_token_id: int  # stands for a slot where a position needs an id (placeholder_id); -1: none
+    beacon_id: int  # -1: none
     global_beacon_ids: tuple[int, ...]  # empty: no global memory
     first_new_id: int  # ids from here on were added for CoMeT: trainable rows of the plug-in
     adapter_rank: int = 8
@@ -124,11 +151,17 @@ class MemorySizes:
 
     @property
     def new_ids(self) -> range:
-        """Ids added for CoMeT: the memory token, the global beacons, the beacon."""
-        return range(self.first_new_id, self.first_new_id + 2 + self.global_slots)
+        """Ids added for CoMeT: the memory token, the global beacons, the beacon, in any order."""
+        return range(self.first_new_id, 1 + max(self.memory_ids, default=self.first_new_id - 1))
+
+    @property
+    def memory_ids(self) -> tuple[int, ...]:
+        """Ids that are no text."""
+        return tuple(i for i in (self.memory_token_id, *self.global_beacon_ids, self.beacon_id) if i >= 0)
 
 
 _JSON_TYPES = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+_NESTED = {"RopeScaling | None": RopeScaling}
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
@@ -140,6 +173,8 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
         wanted = _JSON_TYPES.get(str(f.type))
         if wanted and f.name in values and type(values[f.name]) not in wanted:
             raise TypeError(f"{f.name}={values[f.name]!r} is no {f.type}")
+    nested = {str(f.name): _NESTED[str(f.type)] for f in fields(kind) if str(f.type) in _NESTED}
+    values = {k: from_dict(nested[k], v) if k in nested and v is not None else v for k, v in values.items()}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

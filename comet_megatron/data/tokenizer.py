@@ -251,10 +251,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def tokenizer_fingerprint(folder_or_tokenizer: Any) -> str:
+def tokenizer_fingerprint(folder_or_tokenizer: Any, *, below: int | None = None) -> str:
     """sha256 of the vocabulary (tokens with their ids, added ones too) and of the merges; hexadecimal.
 
     The same before and after save_pretrained, in every version of the libraries.
+
+    Args:
+        below: leave out ids from here on: as it was before they were added.
 
     Raises:
         DataError: as load_tokenizer, if a folder is given.
@@ -267,7 +270,8 @@ def tokenizer_fingerprint(folder_or_tokenizer: Any) -> str:
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         # older libraries write "a b" for ["a", "b"]
         merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model.get("merges", [])]
-    content = {"vocabulary": sorted(tokenizer.get_vocab().items()), "merges": merges}
+    vocabulary = sorted((token, i) for token, i in tokenizer.get_vocab().items() if below is None or i < below)
+    content = {"vocabulary": vocabulary, "merges": merges}
     return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
 
 

@@ -241,7 +241,8 @@ class _Planner:
         config = loaded.config
         if model.kind != "checkpoint":  # there is no such folder yet: the sizes come from here
             config = replace(config, model=replace(config.model, path=f"{file.path.name}, section recipe"))
-            self.problems += check_stride_divides(model.memory, where=config.model.path)
+            if model.kind != "comet":
+                self.problems += check_stride_divides(model.memory, where=config.model.path)
         if has_layout:
             self.problems += check_layout(
                 config, model.architecture, model.memory, world_size=self.process.world_size, where=loaded.where

@@ -105,6 +105,8 @@ def make_start(model: ModelSource, recipe: Recipe, output: Path) -> Path:
     from comet_megatron.parallel.alone import alone
 
     asked = AskedMemory(recipe.chunk_size, recipe.global_slots, recipe.stride, recipe.budget)
+    if model.kind == "comet":
+        asked = AskedMemory()  # it has a memory, with sizes of its own
     with new_folder(folder) as new, tempfile.TemporaryDirectory(prefix="comet_") as temporary:
         source = model.path
         if model.kind == "small":

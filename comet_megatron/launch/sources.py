@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from comet_megatron.checkpoint.families import is_comet
 from comet_megatron.checkpoint.model_folder import read_description
 from comet_megatron.config.rules import check_architecture, require
 from comet_megatron.config.schema import Architecture, MemorySizes
@@ -76,13 +77,16 @@ def find_model(path: Path, recipe: Recipe) -> ModelSource:
             f"MODEL={shown(path)} holds no model: neither config.json (Hugging Face) nor model.json (a checkpoint)",
             way_out="name the folder that holds one of them, with its weights and tokenizer",
         )
-    from comet_megatron.checkpoint.hf_folder import HfTensors, architecture_of, read_hf_config  # loads torch
+    from comet_megatron.checkpoint.hf_config import architecture_of, memory_of, read_hf_config
+    from comet_megatron.checkpoint.hf_folder import HfTensors  # loads torch
 
-    where = str(path / "config.json")
-    architecture = architecture_of(read_hf_config(path), where=where)
+    where, config = str(path / "config.json"), read_hf_config(path)
+    architecture = architecture_of(config, where=where)
     require(check_architecture(architecture, where=where))
     with HfTensors(path):
         pass  # opening them finds what is missing or cut off
+    if is_comet(config):
+        return ModelSource("comet", path, architecture, memory_of(config, where=where))
     return _with_memory("hugging_face", path, architecture, recipe)
 
 

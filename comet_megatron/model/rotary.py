@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from comet_megatron.config.schema import RopeScaling
 
 
 class Rotary(NamedTuple):
@@ -53,13 +56,38 @@ def _halves(x: Tensor) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     return (first, second), (second, first)
 
 
-class RotaryTable:
-    """Angles up to the longest chunk seen so far, computed in fp32 (theta from the model's config)."""
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Frequencies [head_dim / 2] of a model that was stretched for longer texts.
 
-    def __init__(self, *, theta: float, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    linear divides all by the factor. llama3 (source: transformers, modeling_rope_utils) divides those that turn less
+    than low_freq_factor times in the original length, keeps those that turn more than high_freq_factor times, and
+    blends in between.
+    """
+    if scaling is None:
+        return frequencies
+    divided = frequencies / scaling.factor
+    if scaling.rope_type == "linear":
+        return divided
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(divided, frequencies, kept.clamp(0, 1))
+
+
+class RotaryTable:
+    """Angles up to the longest chunk seen so far, computed in fp32 (theta and scaling from the model's config)."""
+
+    def __init__(
+        self,
+        *,
+        theta: float,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
+    ) -> None:
         self.dtype = dtype
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self.frequencies = (1.0 / theta**exponents).to(device)
+        self.frequencies = scale_frequencies(1.0 / theta**exponents, scaling).to(device)
         self.table = Rotary(torch.empty(0), torch.empty(0))
 
     def first(self, positions: int) -> Rotary:

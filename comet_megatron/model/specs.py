@@ -10,6 +10,11 @@ from comet_megatron.model.layer import CometLayer
 from comet_megatron.model.norm import RMSNorm
 
 
+def stored_prefixes() -> dict[str, str]:
+    """Prefixes of a layer's parameters -> under which checkpoints hold them, whatever modules a layer is built from."""
+    return dict(get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map)
+
+
 def local_layer_spec(*, qk_norm: bool) -> ModuleSpec:
     """Megatron's own torch layers, with ours in their places."""
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")

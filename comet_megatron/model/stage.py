@@ -133,6 +133,7 @@ class CometStage(MegatronModule):
         self.output_layer = self._build_head() if has_head else None
         self.rotary = RotaryTable(
             theta=architecture.rope_theta,
+            scaling=architecture.rope_scaling,
             head_dim=architecture.head_dim,
             dtype=config.params_dtype,
             device=self.device,

@@ -1,4 +1,4 @@
-"""The layout of a tool: one process that holds the whole model."""
+"""The layout of a tool: one process that holds the whole model, or a pipeline of those that torchrun started."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from comet_megatron.parallel.process import ProcessRank
 @contextmanager
 def alone() -> Iterator[Layout]:
     """A Layout of one process on this machine's device; taken down at the end."""
+    with _layout(ProcessRank(0, 1, 0, 1)) as layout:
+        yield layout
+
+
+@contextmanager
+def as_pipeline() -> Iterator[Layout]:
+    """A Layout in which each process of the world is a stage; one process is alone. Taken down at the end."""
+    with _layout(ProcessRank.from_environment()) as layout:
+        yield layout
+
+
+@contextmanager
+def _layout(process: ProcessRank) -> Iterator[Layout]:
     started = not dist.is_initialized()
-    layout = build_layout(ProcessRank(0, 1, 0, 1), select_device(0), tp=1, seed=0)
+    layout = build_layout(process, select_device(process.local_rank), tp=1, pp=process.world_size, seed=0)
     try:
         yield layout
     finally:

@@ -89,8 +89,9 @@ def _count_backbone_layer(architecture: Architecture, *, tp: int) -> int:
     heads_width = architecture.num_attention_heads * architecture.head_dim
     groups_width = architecture.num_query_groups * architecture.head_dim
     matrices = hidden * (2 * heads_width + 2 * groups_width + 3 * architecture.ffn_hidden_size)
-    query_and_key_norms = 2 * architecture.head_dim if architecture.family == "qwen3" else 0
-    return matrices // tp + 2 * hidden + query_and_key_norms
+    query_and_key_norms = 2 * architecture.head_dim if architecture.qk_norm else 0
+    biases = heads_width + 2 * groups_width if architecture.qkv_bias else 0
+    return (matrices + biases) // tp + 2 * hidden + query_and_key_norms
 
 
 def _count_memory_nets(memory: MemorySizes, hidden: int) -> int:

@@ -31,12 +31,12 @@ from comet_megatron.testing.tiny import (
 from comet_megatron.train.main import main
 
 
-def write_data(folder: Path, sequences: Sequence[np.ndarray]) -> None:
+def write_data(folder: Path, sequences: Sequence[np.ndarray], *, tokenizer_fingerprint: str = "none") -> None:
     """Shards of text ids."""
     write_shards(
         (Sample(ids=ids, meta={"name": str(i)}) for i, ids in enumerate(sequences)),
         output_dir=folder,
-        tokenizer_fingerprint="none",
+        tokenizer_fingerprint=tokenizer_fingerprint,
         vocab_size=TEXT_IDS,
         shard_bytes=1 << 14,
         settings={},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from comet_megatron.backend.device import select_device
-from comet_megatron.checkpoint.hf_export import hf_config_of
-from comet_megatron.checkpoint.hf_rules import Rule, plan_rules, to_hf, to_megatron
+from comet_megatron.checkpoint.hf_config import hf_config_of
+from comet_megatron.checkpoint.hf_rules import Rule, Whole, plan_rules
 from comet_megatron.checkpoint.model_folder import ModelDescription
-from comet_megatron.config.schema import Architecture, MemorySizes
+from comet_megatron.config.schema import Architecture, MemorySizes, RopeScaling
 from comet_megatron.hf.configuration_comet import CometConfig
 from comet_megatron.hf.modeling_comet import CometForCausalLM
 from comet_megatron.model.stage import CometStage
@@ -26,10 +28,19 @@ from comet_megatron.train.model import TrainableModel
 TEXT_IDS = 200  # text ids of the tiny models; new ids follow
 
 
-def tiny_architecture(*, tie_embeddings: bool = False, num_layers: int = 3) -> Architecture:
+# What sets the families apart. The llama's base is so low that all three bands of its scaling occur in a head of 16.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "llama": {"qk_norm": False, "rope_theta": 500.0, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
+    "mistral": {"qk_norm": False},
+}
+
+
+def tiny_architecture(family: str = "qwen3", *, tie_embeddings: bool = False, num_layers: int = 3) -> Architecture:
     """Sizes that TP 1, 2 and 4 divide; a vocabulary that needs padding."""
-    return Architecture(
-        family="qwen3",
+    sizes = Architecture(
+        family=family,
         num_layers=num_layers,
         hidden_size=64,
         ffn_hidden_size=96,
@@ -43,6 +54,7 @@ def tiny_architecture(*, tie_embeddings: bool = False, num_layers: int = 3) -> A
         init_std=0.05,
         max_positions=512,
     )
+    return replace(sizes, **FAMILIES[family])
 
 
 def tiny_memory(*, global_slots: int = 6, stride: int = 4, budget: int = 12, chunk_size: int = 16) -> MemorySizes:
@@ -67,12 +79,14 @@ def tiny_sequences(lengths: Sequence[int], *, seed: int = 0) -> list[np.ndarray]
 def build_oracle(architecture: Architecture, memory: MemorySizes, *, seed: int = 0) -> CometForCausalLM:
     """The oracle with random weights, norms included, so that a norm in the wrong place shows."""
     description = ModelDescription(architecture, memory, {"eos_token_id": 0})
-    config = hf_config_of(description, tokenizer_eos=0, dtype=torch.float32)
+    config = hf_config_of(description, tokenizer_eos=0, dtype="float32")
     torch.manual_seed(seed)
     oracle = CometForCausalLM(CometConfig(**{k: v for k, v in config.items() if k not in ("architectures", "dtype")}))
     with torch.no_grad():
         for name, param in oracle.named_parameters():
-            if param.dim() == 1:
+            if param.dim() == 1 and name.endswith("bias"):
+                param.normal_()
+            elif param.dim() == 1:
                 param.uniform_(0.5, 1.5)
             elif "_memory_net" in name:
                 param.normal_(std=0.1)
@@ -105,12 +119,11 @@ def layout_alone() -> Layout:
 def load_hf_tensors(stage: CometStage, tensors: Mapping[str, Tensor]) -> None:
     """Set this rank's part of every parameter of a stage from whole Hugging Face tensors."""
     rules = {rule.megatron: rule for rule in plan_rules(stage.architecture, stage.memory_sizes)}
-    whole = to_megatron(list(rules.values()), tensors)
     names, group = stage.global_names(), stage.tp_group
     if stage.has_embedding and stage.has_head:
-        assert set(names.values()) == whole.keys(), set(names.values()) ^ whole.keys()
+        assert set(names.values()) == rules.keys(), set(names.values()) ^ rules.keys()
     for name, param in stage.named_parameters():
-        param.copy_(rules[names[name]].partition(whole[names[name]], rank=group.rank(), size=group.size()))
+        param.copy_(rules[names[name]].load(Whole(tensors), rank=group.rank(), size=group.size()))
 
 
 def whole_tensors(stages: CometStage | Sequence[CometStage], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,14 +142,14 @@ def whole_tensors(stages: CometStage | Sequence[CometStage], parts: Mapping[str,
             part = parts[rule.megatron].contiguous()
             pieces = [torch.empty_like(part) for _ in range(group.size())]
             dist.all_gather(pieces, part, group=group)
-            whole[rule.megatron] = rule.join(pieces)
+            whole |= zip(rule.hf, rule.join(pieces), strict=True)
     if pipeline.size() > 1:
         of_stages: list[dict[str, Tensor]] = [{}] * pipeline.size()
         dist.all_gather_object(of_stages, whole, group=pipeline)
         for other in of_stages:
             for name, tensor in other.items():
                 assert torch.equal(whole.setdefault(name, tensor), tensor), f"{name} differs between two stages"
-    return to_hf(rules, whole)
+    return whole
 
 
 def weights(stages: CometStage | Sequence[CometStage]) -> dict[str, Tensor]:

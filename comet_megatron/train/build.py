@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from comet_megatron.backend.device import keep_large_tensors_apart, select_device, set_cpu_threads
-from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, Progress, read_progress
-from comet_megatron.checkpoint.sharded import load_training_state, load_weights
+from comet_megatron.checkpoint.model_folder import Progress, read_progress
+from comet_megatron.checkpoint.sharded import load_training_state
+from comet_megatron.checkpoint.start import Start
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.model.build import build_stage
@@ -32,8 +33,7 @@ from comet_megatron.train.trainer import Trainer
 def build_trainer(
     config: Config,
     process: ProcessRank,
-    start: Path,
-    description: ModelDescription,
+    start: Start,
     train_data: ShardDataset,
     eval_data: ShardDataset | None,
     *,
@@ -42,8 +42,9 @@ def build_trainer(
     """A trainer ready to run and a summary for the user. Communicates on the world.
 
     Args:
-        start: checkpoint to load; with `resume` one of the run itself.
+        start: model to load; with `resume` a checkpoint of the run itself.
     """
+    description = start.description
     if process.rank == 0:
         make_folder(Path(config.train.output))  # before minutes are spent on loading
     device = select_device(process.local_rank)
@@ -73,7 +74,7 @@ def build_trainer(
         precision=config.model.precision,
     )
     if not resume:
-        load_weights(start, stage, layout)
+        start.load_weights(stage, layout)
     if config.train.trainable == "memory":
         stage.freeze_backbone()
     model = build_trainable({layout.pp_rank: stage}, layout, zero1=config.parallel.zero1)
@@ -88,8 +89,8 @@ def build_trainer(
     )
     if resume:
         with keep_settings(optimizer):
-            load_training_state(start, stage, optimizer, layout)
-        progress = read_progress(start)
+            load_training_state(start.path, stage, optimizer, layout)
+        progress = read_progress(start.path)
     schedule = build_schedule(optimizer, config.optimizer, steps=config.train.steps, steps_done=progress.step)
     trainer = Trainer(
         config=config,
@@ -98,14 +99,14 @@ def build_trainer(
         optimizer=optimizer,
         schedule=schedule,
         description=description,
-        tokenizer=start / TOKENIZER,
+        tokenizer=start.tokenizer,
         train_data=train_data,
         eval_data=eval_data,
         progress=progress,
         callbacks=_build_callbacks(config) if layout.is_main else (),
         watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
     )
-    return trainer, summarize(trainer, start, layers_per_stage, threads=threads)
+    return trainer, summarize(trainer, start.path, layers_per_stage, threads=threads)
 
 
 def _build_watch(model: TrainableModel, layout: Layout, *, timeout_s: float) -> HangWatch | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import (
-    TOKENIZER,
     ModelDescription,
     Progress,
     differences,
@@ -23,8 +22,9 @@ from comet_megatron.checkpoint.model_folder import (
     read_progress,
 )
 from comet_megatron.checkpoint.run_folder import check_is_new_run, newest_checkpoint
+from comet_megatron.checkpoint.start import CheckpointStart, Start, open_start
 from comet_megatron.config.load import LoadedConfig, load_config, save_config
-from comet_megatron.config.rules import check_config, check_layout, require
+from comet_megatron.config.rules import HF_PREFIX, check_config, check_layout, require
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -49,61 +49,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
     loaded = load_config(given.config, given.overrides)
     process = ProcessRank.from_environment()
-    start, description = check_before_start(loaded, process, resume=given.resume)
-    train_data, eval_data = open_data(loaded.config, description, tokenizer=start / TOKENIZER)
+    start = check_before_start(loaded, process, resume=given.resume)
+    train_data, eval_data = open_data(loaded.config, start)
     if given.resume:
-        check_same_data(read_progress(start), train_data)
+        check_same_data(read_progress(start.path), train_data)
     quiet_libraries()
     from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
 
-    trainer, summary = build_trainer(
-        loaded.config, process, start, description, train_data, eval_data, resume=given.resume
-    )
+    trainer, summary = build_trainer(loaded.config, process, start, train_data, eval_data, resume=given.resume)
     if trainer.layout.is_main:
         save_config(loaded.config, Path(loaded.config.train.output) / "config.yaml")
     trainer.run(summary)
     return 0
 
 
-def check_before_start(loaded: LoadedConfig, process: ProcessRank, *, resume: bool) -> tuple[Path, ModelDescription]:
-    """The checkpoint to start from and its model.
+def check_before_start(loaded: LoadedConfig, process: ProcessRank, *, resume: bool) -> Start:
+    """The model to start from: with `resume` the run's own newest checkpoint.
 
     Raises:
         ConfigError: all problems of the configuration, the model, the layout and the output folder together.
     """
     config, where = loaded.config, loaded.where
     problems: list[CometError] = list(check_config(config, where=where))
-    run, start = Path(config.train.output), Path(config.model.path)
-    description = None
+    run, start = Path(config.train.output), None
     try:
         if resume:
-            start = newest_checkpoint(run)
-            description = read_description(start)
-            problems += check_same_run(start, config, description)
+            newest = newest_checkpoint(run)
+            start = CheckpointStart(newest, read_description(newest))
+            problems += check_same_run(newest, config, start.description)
         else:
             check_is_new_run(run)
     except CometError as error:
         problems.append(error)
     try:
-        description = description or read_description(start)
-        problems += check_layout(
-            config, description.architecture, description.memory, world_size=process.world_size, where=where
-        )
+        if not problems or not config.model.init_from:  # else the folder may not even be named
+            start = start or open_start(config)
+            model = start.description
+            problems += check_layout(
+                config, model.architecture, model.memory, world_size=process.world_size, where=where
+            )
     except CometError as error:
         problems.append(error)
     if len(problems) == 1:
         raise problems[0]
     require(problems)
-    return start, description
+    assert start is not None
+    return start
 
 
 def check_same_run(checkpoint: Path, config: Config, description: ModelDescription) -> list[CometError]:
     """What a resumed run would have otherwise than the run it continues."""
     progress, problems = read_progress(checkpoint), []
-    origin = Path(config.model.path)
-    if origin.exists() and (other := differences(description, read_description(origin))):
+    origin = Path(config.model.path or config.model.init_from.removeprefix(HF_PREFIX))
+    if origin.exists() and (other := differences(description, open_start(config).description)):
         what = f"{checkpoint} is of another model than {origin}: {'; '.join(other[:5])}"
-        problems.append(CheckpointError(what, way_out="resume with the model.path the run was started with"))
+        key = "model.init_from" if config.model.init_from else "model.path"
+        problems.append(CheckpointError(what, way_out=f"resume with the {key} the run was started with"))
     if progress.step >= config.train.steps:
         what = f"the run has done {progress.step} steps already and train.steps={config.train.steps}"
         way_out = "raise train.steps, or export its last checkpoint with tools/convert_to_hf.py"
@@ -133,24 +134,22 @@ def check_same_data(progress: Progress, data: ShardDataset) -> None:
         )
 
 
-def open_data(
-    config: Config, description: ModelDescription, *, tokenizer: Path
-) -> tuple[ShardDataset, ShardDataset | None]:
+def open_data(config: Config, start: Start) -> tuple[ShardDataset, ShardDataset | None]:
     """Training and held-out shards.
 
     Raises:
         DataError: missing or damaged shards, or shards made with another tokenizer than the model's.
     """
     train = ShardDataset(config.data.train)
-    check_fits(train, "data.train", description, tokenizer=tokenizer)
+    check_fits(train, "data.train", start)
     if not (config.data.eval and config.train.eval_every):
         return train, None
     held_out = ShardDataset(config.data.eval)
-    check_fits(held_out, "data.eval", description, tokenizer=tokenizer)
+    check_fits(held_out, "data.eval", start)
     return train, held_out
 
 
-def check_fits(data: ShardDataset, key: str, description: ModelDescription, *, tokenizer: Path) -> None:
+def check_fits(data: ShardDataset, key: str, start: Start) -> None:
     """
     Raises:
         DataError: no samples, or ids that another tokenizer than the model's made.
@@ -158,9 +157,9 @@ def check_fits(data: ShardDataset, key: str, description: ModelDescription, *, t
     again = "prepare the data again with the model's tokenizer (tools/prepare_data.py)"
     if len(data) == 0:
         raise DataError(f"{key}={data.folder} holds no samples", way_out=again)
-    made_with = data.manifest.tokenizer_fingerprint
+    made_with, description = data.manifest.tokenizer_fingerprint, start.description
     # The checkpoint's own tokenizer has CoMeT's tokens too; it makes the same text ids.
-    if made_with != description.text_tokenizer and made_with != tokenizer_fingerprint(load_tokenizer(tokenizer)):
+    if made_with != description.text_tokenizer and made_with != tokenizer_fingerprint(load_tokenizer(start.tokenizer)):
         raise DataError(
             f"{key}={data.folder} was made with another tokenizer of {data.manifest.vocab_size} ids, "
             f"the model's text has {description.memory.first_new_id}",

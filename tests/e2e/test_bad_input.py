@@ -17,11 +17,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from comet_megatron.testing.hf_models import save_official, save_tokenizer
 from comet_megatron.testing.runs import run_command, write_config, write_data, write_start
 from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = REPOSITORY / "tokenizers" / "python_stdlib_4k"
+GOLDEN = REPOSITORY / "tests" / "golden" / "caseA"
 
 
 def run_tool(process, name: str, arguments: list[str]) -> tuple[int, str, str]:
@@ -77,6 +79,8 @@ def ready(tmp_path_factory, pool) -> Path:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder / "hf")
     tokenizer.save_pretrained(folder / "hf")
+    golden = json.loads((GOLDEN / "golden.json").read_text())
+    save_official(folder / "comet", golden, load_file(GOLDEN / "weights.safetensors"))
     finished = write_config(folder / "finished.yaml", folder, train={"output": str(folder / "finished"), "steps": 2})
     code, _, err = pool(1).run(run_command, "--config", str(finished))[0]
     assert code == 0, err
@@ -119,6 +123,13 @@ def remove(name: str) -> Callable[[Path], None]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     return delete
+
+
+def to_pickles(folder: Path) -> None:
+    """The weights as torch.save would have them; unpickling runs code, so they must not be read."""
+    weights = folder / "hf" / "model.safetensors"
+    torch.save(load_file(weights), folder / "hf" / "pytorch_model.bin")
+    weights.unlink()
 
 
 def empty(name: str) -> Callable[[Path], None]:
@@ -319,7 +330,12 @@ IMPORT = {
     "an empty model folder": Mistake(("is empty",), empty("hf")),
     "no config": Mistake(("config.json",), remove("hf/config.json")),
     "a config that is not JSON": Mistake(("not JSON", "config.json"), write("hf/config.json", "{")),
-    "another architecture": Mistake(("'llama'", "known: qwen3"), edit_json("hf/config.json", model_type="llama")),
+    "another architecture": Mistake(
+        ("'gpt2'", "known: qwen3, qwen2, llama, mistral"), edit_json("hf/config.json", model_type="gpt2")
+    ),
+    "tensors of another architecture": Mistake(
+        ("q_norm.weight is unknown",), edit_json("hf/config.json", model_type="llama")
+    ),
     "a config without sizes": Mistake(("num_hidden_layers",), edit_json("hf/config.json", num_hidden_layers=None)),
     "sizes of nothing": Mistake(("num_attention_heads",), edit_json("hf/config.json", num_attention_heads=0)),
     "rotary settings that are a list": Mistake(("rotary settings",), edit_json("hf/config.json", rope_parameters=[1])),
@@ -349,6 +365,12 @@ IMPORT = {
     "an index that names a missing file": Mistake(
         ("gone.safetensors",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}')
     ),
+    "an index that is damaged": Mistake(("damaged index",), write("hf/model.safetensors.index.json", '{"weight_map":')),
+    "an index that names the folder above": Mistake(
+        ("outside",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": ".."}}')
+    ),
+    "pickles instead of safetensors": Mistake(("no *.safetensors", "pickles"), to_pickles),
+    "a checkpoint of ours": Mistake(("convert_to_hf.py",), typed=("--hf", "{0}/start")),
     "an index that leaves the folder": Mistake(
         ("outside",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}')
     ),
@@ -373,7 +395,76 @@ def test_import_refuses(name, place, pool):
     assert listing(place) == before
 
 
+IMPORT_COMET = {
+    "sizes that are not its own": Mistake(
+        ("a memory of its own", "chunk_size 32, not 64"), typed=("--chunk-size", "64", "--stride", "4")
+    ),
+    "a tokenizer without the beacons": Mistake(
+        ("lacks the beacon tokens", "302"), lambda folder: save_tokenizer(folder / "comet")
+    ),
+    "no stride": Mistake(("without temp_beacon_stride",), edit_json("comet/config.json", temp_beacon_stride=None)),
+    "ids that are words": Mistake(("whole numbers",), edit_json("comet/config.json", global_beacon_ids=["a"])),
+    "another number of global beacons": Mistake(
+        ("g_proj.weight is unknown",), edit_json("comet/config.json", global_beacon_ids=[])
+    ),
+    "ids beyond the vocabulary": Mistake(("outside the vocabulary",), edit_json("comet/config.json", vocab_size=305)),
+    "another rank of the adapters": Mistake(
+        ("down_proj.weight has shape (8, 64), not (4, 64)",), edit_json("comet/config.json", memory_adapter_rank=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPORT_COMET)
+def test_import_of_a_comet_model_refuses(name, place, pool):
+    mistake = IMPORT_COMET[name]
+    mistake.spoil(place)
+    before = listing(place)
+    typed = ["--hf", str(place / "comet"), "--output", str(place / "out"), *mistake.typed]
+    assert_refused(pool(1).run(run_tool, "convert_from_hf", typed)[0], mistake.says)
+    assert listing(place) == before
+
+
+INIT_FROM = {
+    "no prefix": Mistake(("must be hf:DIR",), typed=("model.init_from={0}/hf",)),
+    "nothing after it": Mistake(("model.init_from", "is not text"), typed=("model.init_from=hf:",)),
+    "a folder that is not there": Mistake(("there is no model folder",), typed=("model.init_from=hf:{0}/gone",)),
+    "a checkpoint of ours": Mistake(("not a Hugging Face folder",), typed=("model.init_from=hf:{0}/start",)),
+    "a size below nothing": Mistake(
+        ("memory.stride=0", "memory.global_slots=-1"),
+        typed=("model.init_from=hf:{0}/hf", "memory.stride=0", "memory.global_slots=-1"),
+    ),
+    "sizes of another memory": Mistake(
+        ("a memory of its own",), typed=("model.init_from=hf:{0}/comet", "memory.chunk_size=64")
+    ),
+    "more positions than the model has": Mistake(("256",), typed=("model.init_from=hf:{0}/hf",)),
+    "data of another tokenizer": Mistake(("another tokenizer",), typed=("model.init_from=hf:{0}/comet",)),
+    "two models to start from": Mistake(("two models",), typed=("model.init_from=hf:{0}/hf", "model.path={0}/start")),
+    "memory sizes for a checkpoint": Mistake(
+        ("memory.stride would change nothing",), typed=("model.path={0}/start", "memory.stride=4")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INIT_FROM)
+def test_training_from_a_hugging_face_folder_refuses(name, place, pool):
+    mistake = INIT_FROM[name]
+    config = write_config(place / "c.yaml", place)
+    content = yaml.safe_load(config.read_text())
+    del content["model"]
+    config.write_text(yaml.safe_dump(content))
+    mistake.spoil(place)
+    before = listing(place)
+    typed = [text.format(place) for text in mistake.typed]
+    assert_refused(pool(1).run(run_command, "--config", str(config), *typed)[0], mistake.says)
+    assert listing(place) == before
+
+
 EXPORT = {
+    "a form that cannot hold it": Mistake(
+        ("cannot hold this model", "llama", "--format comet"),
+        edit_json("start/model.json", architecture__family="llama"),
+        typed=("--format", "official"),
+    ),
     "no checkpoint": Mistake(("there is no checkpoint folder",), remove("start")),
     "an empty folder": Mistake(("is empty",), empty("start")),
     "a checkpoint not written to the end": Mistake(("not written to the end",), remove("start/complete")),
@@ -393,7 +484,7 @@ def test_export_refuses(name, place, pool):
         save_small_tokenizer(place / "start" / "tokenizer")
     mistake.spoil(place)
     before = listing(place)
-    typed = ["--checkpoint", str(place / "start"), "--output", str(place / "out")]
+    typed = ["--checkpoint", str(place / "start"), "--output", str(place / "out"), *mistake.typed]
     assert_refused(pool(1).run(run_tool, "convert_to_hf", typed)[0], mistake.says)
     assert listing(place) == before
 

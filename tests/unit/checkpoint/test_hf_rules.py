@@ -3,32 +3,55 @@
 import pytest
 import torch
 
-from comet_megatron.checkpoint.hf_rules import plan_rules, to_hf, to_megatron
-from comet_megatron.testing.tiny import build_oracle, oracle_tensors, tiny_architecture, tiny_memory
+from comet_megatron.checkpoint.hf_rules import Whole, plan_rules, to_hf, to_megatron
+from comet_megatron.testing.tiny import FAMILIES, build_oracle, oracle_tensors, tiny_architecture, tiny_memory
 
 SWITCHES = [{}, {"global_slots": 0}, {"stride": -1}, {"global_slots": 0, "stride": -1}]
 
 
 @pytest.mark.parametrize("memory", SWITCHES, ids=["both", "no global", "no temporary", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-def test_every_tensor_goes_to_megatron_and_back_bit_equal(tie, memory):
-    architecture, sizes = tiny_architecture(tie_embeddings=tie), tiny_memory(**memory)
+def test_every_tensor_goes_to_megatron_and_back_bit_equal(tie, family, memory):
+    architecture, sizes = tiny_architecture(family, tie_embeddings=tie), tiny_memory(**memory)
     tensors = oracle_tensors(build_oracle(architecture, sizes))
     rules = plan_rules(architecture, sizes)
-    assert sorted(name for rule in rules for name in rule.hf) == sorted(tensors)
+    shapes = {name: shape for rule in rules for name, shape in zip(rule.hf, rule.shapes, strict=True)}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     back = to_hf(rules, to_megatron(rules, tensors))
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_parts_of_tensor_parallel_ranks_join_to_the_whole(size):
-    architecture, sizes = tiny_architecture(), tiny_memory()
-    rules = plan_rules(architecture, sizes)
-    whole = to_megatron(rules, oracle_tensors(build_oracle(architecture, sizes)))
-    for rule in rules:
-        parts = [rule.partition(whole[rule.megatron], rank=rank, size=size) for rank in range(size)]
+def test_parts_of_tensor_parallel_ranks_join_to_the_whole(size, family):
+    architecture, sizes = tiny_architecture(family), tiny_memory()
+    whole = Whole(oracle_tensors(build_oracle(architecture, sizes)))
+    for rule in plan_rules(architecture, sizes):
+        parts = [rule.load(whole, rank=rank, size=size) for rank in range(size)]
         assert len({part.shape for part in parts}) == 1
-        assert torch.equal(rule.join(parts), whole[rule.megatron]), rule.megatron
+        for name, joined in zip(rule.hf, rule.join(parts), strict=True):
+            assert torch.equal(joined, whole[name]), name
+
+
+def test_a_rank_reads_its_own_part_of_every_tensor_and_nothing_else():
+    class Counted(Whole):
+        read = 0
+
+        def part(self, *where):
+            found = super().part(*where)
+            self.read += found.numel()
+            return found
+
+    architecture = tiny_architecture()
+    for rule in plan_rules(architecture, tiny_memory()):
+        whole = Counted(oracle_tensors(build_oracle(architecture, tiny_memory())))
+        share = sum(whole[name].numel() for name in rule.hf)
+        rule.load(whole, rank=1, size=2)
+        if rule.partition_axis is None:
+            assert whole.read == share
+        else:  # the last rank's part of the vocabulary is smaller: padding is not read
+            assert whole.read <= share / 2 + architecture.hidden_size * 128
 
 
 def test_a_rank_of_linear_qkv_holds_whole_groups_of_queries_and_their_key_and_value():
@@ -40,7 +63,8 @@ def test_a_rank_of_linear_qkv_holds_whole_groups_of_queries_and_their_key_and_va
     tensors = [
         torch.tensor([[kind, i // d] for i in range(n * d)]) for kind, n in ((0, heads), (1, groups), (2, groups))
     ]
-    part = rule.partition(rule.to_megatron(tensors), rank=1, size=2)
+    tensors = [tensor[len(tensor) // 2 :] for tensor in tensors]  # what the second of two ranks reads
+    part = rule.to_megatron(tensors)
     per_group = heads // groups
     want = []
     for group in range(groups // 2, groups):

@@ -261,7 +261,7 @@ def test_a_key_like_no_other_is_answered_with_the_keys_there_are(problems):
     assert "parallel has: tp, pp, layers_per_stage, slack, timeout_s, sequence_parallel, zero1" in problems(
         MINIMAL, "parallel.qqqq=1"
     )
-    assert "the sections are: model, parallel, data, optimizer, train, logging, profile" in problems(
+    assert "the sections are: model, memory, parallel, data, optimizer, train, logging, profile" in problems(
         MINIMAL, "qqqq.wwww=1"
     )
 

@@ -42,7 +42,7 @@ MEMORY = MemorySizes(
     memory_token_id=301,
     beacon_id=302,
     global_beacon_ids=tuple(range(303, 311)),
-    first_new_id=300,
+    first_new_id=301,
 )
 PAPER = dataclasses.replace(MEMORY, chunk_size=2048, stride=8, budget=2048, global_beacon_ids=tuple(range(400, 912)))
 
@@ -74,7 +74,7 @@ def test_the_defaults_with_the_required_values_have_no_problem():
 @pytest.mark.parametrize(
     ("key", "bad", "must"),
     [
-        ("model__path", " ", "the path of a folder"),
+        ("model__path", " ", "the path of a folder; or give model.init_from=hf:DIR"),
         ("model__precision", "fp16", "fp32 or bf16"),
         ("parallel__tp", 0, "1 or more"),
         ("parallel__pp", 0, "1 or more"),
@@ -244,6 +244,10 @@ def test_training_only_the_memory_needs_a_memory():
         "train.trainable=memory, but the model has no memory; use train.trainable=all"
     ]
     assert layout(wrong, memory=change(none, stride=4)) == []
+    among = change(MEMORY, beacon_id=312)
+    assert layout(wrong, memory=among) == [
+        "train.trainable=memory, but there are text ids among the model's beacon ids; use train.trainable=all"
+    ]
     assert layout(GOOD, memory=none) == []
 
 

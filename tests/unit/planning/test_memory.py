@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_megatron.checkpoint.hf_rules import plan_rules, to_megatron
+from comet_megatron.checkpoint.hf_rules import Whole, plan_rules
 from comet_megatron.chunking import next_token_labels, plan_chunks
 from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.model.architectures import padded_vocabulary
@@ -76,8 +76,8 @@ def test_each_stage_of_three_has_as_many_parameters_as_planned(tied, trainable):
 def test_a_tensor_parallel_rank_has_as_many_parameters_as_weights_are_loaded_into_it(tied, tp):
     architecture, memory = tiny_architecture(tie_embeddings=tied), tiny_memory()
     rules = plan_rules(architecture, memory)
-    whole = to_megatron(rules, oracle_tensors(build_oracle(architecture, memory)))
-    loaded = sum(rule.partition(whole[rule.megatron], rank=tp - 1, size=tp).numel() for rule in rules)
+    whole = Whole(oracle_tensors(build_oracle(architecture, memory)))
+    loaded = sum(rule.load(whole, rank=tp - 1, size=tp).numel() for rule in rules)
     assert count_parameters(architecture, memory, 3, tp=tp).all == loaded
 
 
