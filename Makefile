@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTED := comet_megatron tools tests benchmarks examples setup.py
 
-.PHONY: demo test test-slow check lint format benchmark clean help
+.PHONY: demo test test-slow test-compat check lint format benchmark clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,23 @@ test: $(READY)  ## all tests but the slow ones, on CPU with gloo
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# A second environment, with transformers 4 and nothing of ours, loads what this one exports.
+COMPAT := $(VENV)-transformers4
+COMPAT_READY := $(COMPAT)/.ready
+EXPORTS := build/compat
+$(COMPAT_READY): constraints/transformers4.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install -q --disable-pip-version-check -c constraints/transformers4.txt torch numpy
+	$(COMPAT)/bin/python -m pip install -q --disable-pip-version-check -c constraints/transformers4.txt \
+		transformers safetensors pytest pytest-timeout
+	touch $@
+
+test-compat: $(READY) $(COMPAT_READY)  ## exports load and compute the same on transformers 4 and on the installed version
+	rm -rf $(EXPORTS)
+	$(BIN)/python tests/compat/make_exports.py $(EXPORTS)
+	COMET_EXPORTS=$(EXPORTS) COMET_TRANSFORMERS=4.57.6 $(COMPAT)/bin/python -m pytest --noconftest tests/compat
+	COMET_EXPORTS=$(EXPORTS) COMET_TRANSFORMERS=5. $(BIN)/python -m pytest --noconftest tests/compat
+
 lint: $(READY)  ## ruff, lint and format
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
@@ -40,4 +57,4 @@ benchmark: $(READY)  ## figures beside their reach; exits 1 if one is missed
 	$(BIN)/python benchmarks/pipeline.py
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) runs build *.egg-info .pytest_cache .ruff_cache

@@ -36,7 +36,7 @@ from tokenizers import AddedToken
 # softmax over tied rows hardly notices, far enough apart that beacons start as different tokens.
 NEW_ROW_SPREAD = 0.01
 VOCABULARY_MULTIPLE = 256
-BLOCK_ROWS = 4096  # of a vocabulary, read at once
+BLOCK_ROWS = 1024  # of a vocabulary, read at once
 
 
 @dataclass(frozen=True)

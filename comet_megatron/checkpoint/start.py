@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, read_description
 from comet_megatron.config.rules import HF_PREFIX
 from comet_megatron.config.schema import Config, to_dict
@@ -93,6 +94,7 @@ def open_start(config: Config) -> Start:
     if not config.model.init_from:
         path = Path(config.model.path)
         return CheckpointStart(path, read_description(path))
+    quiet_libraries()
     from comet_megatron.checkpoint.hf_import import AskedMemory, plan_import
 
     source = Path(config.model.init_from.removeprefix(HF_PREFIX))

@@ -76,7 +76,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         except ValueError as error:
             problems.append(ConfigError(f"{key}={_shown(one.node)} is not {error}", where=one.place))
     for key, other in INSTEAD_OF.items():
-        if other in given and key not in given:
+        if other in given and (key not in given or _is_required_marker(given[key].node)):
             values[key] = ""
     _resolve(interpolated, values, hints, given, problems)
     if root is not None:
@@ -341,8 +341,9 @@ def _missing(path: Path, hints: Mapping[str, Any], given: Mapping[str, _Given]) 
     """A problem for each required field without a value."""
     problems = []
     for key in hints:
-        is_required = _default(key) == REQUIRED and INSTEAD_OF.get(key) not in given
-        one = given.get(key)
+        if INSTEAD_OF.get(key) in given:
+            continue
+        is_required, one = _default(key) == REQUIRED, given.get(key)
         if (one is None and is_required) or (one is not None and _is_required_marker(one.node)):
             place = one.place if one else path.name
             advice = f"give it in {path.name}, or as {key}=... on the command line"

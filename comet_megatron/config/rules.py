@@ -134,7 +134,7 @@ def _check_start(config: Config, where: Where) -> list[ConfigError]:
     if not origin:
         problems = []
         if not path:
-            what = "model.path='' must be the path of a folder; or give model.init_from=hf:DIR"
+            what = f"model.path={config.model.path!r} must be the path of a folder; or give model.init_from=hf:DIR"
             problems.append(_problem(what, where, "model.path"))
         if given := [f"memory.{k}" for k, v in to_dict(config.memory).items() if v != "auto"]:
             what = f"{_listed(given, 'and')} would change nothing: a checkpoint (model.path) has its sizes; "

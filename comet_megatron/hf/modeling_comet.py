@@ -18,27 +18,20 @@ N beacons, P rows before the new ones (slots included), D hidden, H heads, K key
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_comet import CometConfig
+from .generation_comet import OFFICIAL, TRAINING, CometGenerationMixin
 
 GLOBAL_NORM_EPS = 1.1920929e-07  # torch's default for fp32, in every dtype
 TEMPORARY_NORM_EPS = 1e-12
@@ -64,6 +57,11 @@ class OpenChunk(NamedTuple):
     keys_values: tuple[KeyValue | None, ...]  # of the slots, then of the rows so far
     beacons: tuple[Tensor | None, ...]  # outputs at the beacons so far, [B, N, D]
 
+    @property
+    def slots(self) -> int:
+        """Memory slots before the text."""
+        return sum(state.shape[1] for state in self.memory[0] if state is not None)
+
 
 class Row(IntEnum):
     TEXT = 0
@@ -71,20 +69,33 @@ class Row(IntEnum):
     GLOBAL_BEACON = 2
 
 
-def plan_rows(*, text_before: int, text_new: int, stride: int, global_slots: int, closes: bool) -> list[Row]:
+def plan_rows(
+    *,
+    text_before: int,
+    text_new: int,
+    stride: int,
+    global_slots: int,
+    closes: bool,
+    ends_last_group: bool = True,
+    phase: int = 0,
+) -> list[Row]:
     """Layout of a chunk: the rows it gains when `text_new` tokens follow its first `text_before`.
 
     Every group of `stride` text tokens ends in a beacon, which is laid when the next text token comes. A chunk that
     closes gets the beacon of its last group, whole or not, and the global beacons. Nobody reads those of a text's last
     chunk, which therefore stays open. `stride=-1`: no beacons.
+
+    Args:
+        ends_last_group: False: the last group of a chunk that closes gets no beacon (the authors' generation).
+        phase: counts as that many text tokens before the chunk's first, where groups are cut (theirs, too).
     """
     rows: list[Row] = []
     for index in range(text_before, text_before + text_new):
-        if stride > 0 and index > 0 and index % stride == 0:
+        if stride > 0 and index > 0 and (phase + index) % stride == 0:
             rows.append(Row.BEACON)
         rows.append(Row.TEXT)
     if closes:
-        if stride > 0 and text_before + text_new > 0:
+        if ends_last_group and stride > 0 and text_before + text_new > 0:
             rows.append(Row.BEACON)
         rows += [Row.GLOBAL_BEACON] * global_slots
     return rows
@@ -209,13 +220,17 @@ class CometAttention(nn.Module):
         key, value = self.key_value(x_BCD, rotary)
         if before is not None:
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        if x_BCD.shape[1] == 1:  # it sees all rows, so the query heads of a key head may stand as rows of one head
+            query_BKgE = query_BHCE[:, :, 0].unflatten(1, (-1, self.group_size))
+            out_BKgE = F.scaled_dot_product_attention(query_BKgE, key, value)
+            return self.o_proj(out_BKgE.flatten(1)[:, None]), (key, value)
         # Heads are repeated by hand: with a mask, not every attention kernel can share a key among queries.
         out_BHCE = F.scaled_dot_product_attention(
             query_BHCE,
             key.repeat_interleave(self.group_size, dim=1),
             value.repeat_interleave(self.group_size, dim=1),
             attn_mask=mask,
-            is_causal=before is None and x_BCD.shape[1] > 1,
+            is_causal=before is None,
         )
         return self.o_proj(out_BHCE.transpose(1, 2).flatten(2)), (key, value)
 
@@ -328,8 +343,10 @@ class CometModel(CometPreTrainedModel):
             ]
         return OpenChunk(0, memory, tuple(keys_values), (None,) * len(self.layers))
 
-    def forward_chunk(self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool) -> tuple[Tensor, OpenChunk | Memory]:
-        """Append text, which may be none, to a chunk.
+    def forward_chunk(
+        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool, ends_last_group: bool = True, phase: int = 0
+    ) -> tuple[Tensor, OpenChunk | Memory]:
+        """Append text, which may be none, to a chunk; its rows as plan_rows lays them.
 
         Returns: the normed outputs [B, S, D] at the new text, and the grown chunk, or if it closes the memory after it.
         """
@@ -339,6 +356,8 @@ class CometModel(CometPreTrainedModel):
             stride=self.config.temp_beacon_stride,
             global_slots=len(self.config.global_beacon_ids),
             closes=closes,
+            ends_last_group=ends_last_group,
+            phase=phase,
         )
         at_text, at_beacons, at_globals = (
             torch.tensor([i for i, row in enumerate(rows) if row == kind], dtype=torch.long, device=text_BS.device)
@@ -370,22 +389,43 @@ class CometModel(CometPreTrainedModel):
         return text_BSD, OpenChunk(text_tokens, chunk.memory, tuple(keys_values), tuple(beacons))
 
     def stream(
-        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool = False
+        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool = False, layout: str = TRAINING
     ) -> Iterator[tuple[Tensor, OpenChunk | Memory]]:
         """Append text of any length: whenever a chunk is full and more text comes, it closes and the next one opens.
+
+        Args:
+            closes: close the last chunk, too.
+            layout: "training", or "official": no closing chunk ends its last group in a beacon.
 
         Yields, for every chunk that gains text: the normed outputs [B, S, D] there, and the chunk to go on with; at the
         end of the text, if `closes`, the memory after it instead.
         """
         while text_BS.shape[1]:
-            room = self.config.chunk_size - chunk.text_tokens
+            room = max(self.config.chunk_size - chunk.text_tokens, 0)  # decoding "officially" overfills a chunk
             new_BS, text_BS = text_BS[:, :room], text_BS[:, room:]
             is_end = text_BS.shape[1] == 0
-            text_BSD, after = self.forward_chunk(new_BS, chunk, closes=closes or not is_end)
+            text_BSD, after = self.forward_chunk(
+                new_BS, chunk, closes=closes or not is_end, ends_last_group=layout != OFFICIAL
+            )
             if not is_end:
                 after = chunk = self.open_chunk(after)
             if new_BS.shape[1]:
                 yield text_BSD, after
+
+    def decode(self, token_B: Tensor, chunk: OpenChunk, *, layout: str = TRAINING) -> tuple[Tensor, OpenChunk]:
+        """Append one generated token [B] a text.
+
+        Args:
+            layout: "training": as any text. "official", as the authors' code generates: the chunk grows without limit,
+                and its slots count as text where groups are cut.
+
+        Returns: the normed outputs [B, D] there, and the chunk to go on with.
+        """
+        if layout == OFFICIAL:
+            text_B1D, after = self.forward_chunk(token_B[:, None], chunk, closes=False, phase=chunk.slots)
+        else:
+            ((text_B1D, after),) = self.stream(token_B[:, None], chunk)
+        return text_B1D[:, 0], after
 
 
 @dataclass
@@ -395,7 +435,7 @@ class CometOutput(ModelOutput):
     memory: Memory | None = None  # after the last chunk
 
 
-class CometForCausalLM(CometPreTrainedModel, GenerationMixin):
+class CometForCausalLM(CometPreTrainedModel, CometGenerationMixin):
     """CoMeT with its language-model head. Takes and gives text only: chunks, beacons and memory are its own affair."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -453,80 +493,6 @@ class CometForCausalLM(CometPreTrainedModel, GenerationMixin):
             logits=torch.cat(logits, dim=1) if return_logits else None,
             memory=after if return_memory else None,
         )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        *,
-        max_new_tokens: int,
-        attention_mask: Tensor | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | str | None = "config",
-        generator: torch.Generator | None = None,
-        streamer: Any = None,
-    ) -> Tensor:
-        """Continue a text token by token; a full chunk closes and a new one opens, so that the state stays constant.
-
-        Args:
-            input_ids: text ids [batch, tokens], all of the same length.
-            max_new_tokens: text tokens to add at most.
-            do_sample: draw from the distribution that temperature, top_k (0: all) and top_p shape, rather than taking
-                the likeliest token. Beacons and the placeholder are never taken.
-            eos_token_id: ids that end a text; "config": those of the model's generation config; None: none.
-            generator: source of the draws.
-            streamer: as in transformers: `put` receives the prompt, then every new token; then `end`.
-
-        Returns: [batch, tokens + new tokens] ids; a text that ended early is filled up with the pad id.
-
-        Raises:
-            ValueError: as in forward, or sampling options that would have no effect.
-        """
-        self._check_text(input_ids, attention_mask, None)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if not do_sample and (temperature, top_k, top_p) != (1.0, 0, 1.0):
-            raise ValueError("temperature, top_k and top_p shape a distribution to draw from: set do_sample=True")
-        if eos_token_id == "config":
-            eos_token_id = self.generation_config.eos_token_id
-        end_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        pad_id = self.config.pad_token_id
-        if pad_id is None:
-            pad_id = end_ids[0] if end_ids else 0
-        warpers = LogitsProcessorList(
-            [
-                TemperatureLogitsWarper(temperature),
-                TopKLogitsWarper(top_k or self.config.vocab_size),
-                TopPLogitsWarper(top_p),
-            ]
-        )
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        text_BS, chunk = input_ids, self.model.open_chunk()
-        is_done_B = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            text_BSD, chunk = deque(self.model.stream(text_BS, chunk), maxlen=1).pop()  # keeps only the end
-            scores_BV = self.lm_head(text_BSD[:, -1]).float()
-            scores_BV[:, self.config.memory_token_ids] = -torch.inf
-            if do_sample:
-                probabilities_BV = warpers(input_ids, scores_BV).softmax(dim=-1)
-                token_B = torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
-            else:
-                token_B = scores_BV.argmax(dim=-1)
-            token_B = token_B.masked_fill(is_done_B, pad_id)
-            text_BS = token_B[:, None]
-            input_ids = torch.cat([input_ids, text_BS], dim=1)
-            if streamer is not None:
-                streamer.put(token_B.cpu())
-            is_done_B |= torch.isin(token_B, token_B.new_tensor(end_ids))
-            if is_done_B.all():
-                break
-        if streamer is not None:
-            streamer.end()
-        return input_ids
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None, memory: Memory | None) -> None:
         if input_ids.ndim != 2 or input_ids.numel() == 0:

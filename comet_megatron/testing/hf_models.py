@@ -43,10 +43,9 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
 TEXT_TOKENS = 300
 
 
-def save_tokenizer(folder: Path, *, added: dict[int, str] | None = None) -> None:
-    """A tokenizer of 300 words `t0` ... `t299`, the last of which ends a text, and of added special tokens by id."""
-    words = {f"t{i}": i for i in range(TEXT_TOKENS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+def save_tokenizer(folder: Path, *, added: dict[int, str] | None = None, words: int = TEXT_TOKENS) -> None:
+    """A tokenizer of the words `t0` ... `t299`, the last of which ends a text, and of added special tokens by id."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(words)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     for number in sorted(added or {}):
         tokenizer.add_tokens([AddedToken((added or {})[number], special=True, normalized=False)])

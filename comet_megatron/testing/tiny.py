@@ -85,7 +85,7 @@ def build_oracle(architecture: Architecture, memory: MemorySizes, *, seed: int =
     with torch.no_grad():
         for name, param in oracle.named_parameters():
             if param.dim() == 1 and name.endswith("bias"):
-                param.normal_()
+                param.normal_(std=0.3)  # larger ones only add noise to the comparison
             elif param.dim() == 1:
                 param.uniform_(0.5, 1.5)
             elif "_memory_net" in name:

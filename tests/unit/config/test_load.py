@@ -257,6 +257,13 @@ def test_a_list_of_anything_else_is_refused(problems):
     assert "parallel.layers_per_stage=[1, 2.5] is not a list of whole numbers or a word" in message
 
 
+@pytest.mark.parametrize("path", ["", "  path: ???\n"], ids=["absent", "left open"])
+def test_a_model_to_start_from_stands_for_the_path(path, load):
+    text = MINIMAL.replace("  path: base\n", path or "  precision: fp32\n")
+    config = load(text, "model.init_from=hf:/models/qwen").config
+    assert (config.model.path, config.model.init_from) == ("", "hf:/models/qwen")
+
+
 def test_a_key_like_no_other_is_answered_with_the_keys_there_are(problems):
     assert "parallel has: tp, pp, layers_per_stage, slack, timeout_s, sequence_parallel, zero1" in problems(
         MINIMAL, "parallel.qqqq=1"

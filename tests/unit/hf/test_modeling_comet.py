@@ -87,6 +87,15 @@ class TestLayout:
                 pieces += plan_rows(text_before=first, text_new=tokens - first, closes=closes, **sizes)
                 assert pieces == whole
 
+    def test_a_last_group_without_its_beacon_and_a_phase_move_beacons_only(self):
+        sizes = {"text_before": 0, "text_new": 7, "stride": 3, "global_slots": 2, "closes": True}
+        rows = plan_rows(**sizes, ends_last_group=False)
+        assert "".join("tbg"[row] for row in rows) == "tttbtttbtgg"
+        rows = plan_rows(
+            **{**sizes, "text_before": 4, "closes": False}, phase=2
+        )  # 2 + 4, 2 + 7 and 2 + 10 begin groups
+        assert "".join("tbg"[row] for row in rows) == "btttbtttbt"
+
     @pytest.mark.parametrize("stride", [1, 2, 3, 7, 9])
     def test_a_closed_chunk_has_a_beacon_for_every_group_a_partial_one_too(self, stride):
         for tokens in range(1, 20):
@@ -107,7 +116,11 @@ class TestForward:
         for name, parameter in backbone.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter)
-        rope = backbone.config.to_dict()["rope_parameters"]
+        written = backbone.config.to_dict()  # transformers 4 has the plain keys
+        rope = written.get("rope_parameters") or {
+            **given.get("rope_parameters", {}),
+            "rope_theta": written["rope_theta"],
+        }
         model = build_model(switch, chunk_size=50, tie_word_embeddings=tied, rope_parameters=rope, **ours)
         weights = {k.replace(".self_attn", ".inner_layer.self_attn"): v for k, v in backbone.state_dict().items()}
         for part in ("mlp", "input_layernorm", "post_attention_layernorm"):
@@ -322,6 +335,7 @@ class TestGenerate:
         assert torch.cat([recorder.received[0][0], *recorder.received[1:]]).equal(ids[0])
 
 
+CODE_FILES = {"modeling_comet.py", "generation_comet.py", "configuration_comet.py"}
 LOAD_ANEW = """
     import sys, torch
     from pathlib import Path
@@ -334,6 +348,8 @@ LOAD_ANEW = """
         with torch.no_grad():
             assert model(want["text"]).logits.equal(want["logits"])
         assert model.generate(want["text"], max_new_tokens=10).equal(want["ids"])
+        official = model.generate(want["text"], max_new_tokens=10, generation_layout="official")
+        assert official.equal(want["official"]) and not official.equal(want["ids"])
         model.save_pretrained(Path(folder) / "again")
 """
 
@@ -346,15 +362,16 @@ class TestExport:
             switch = "temporary" if folder.name == "temporary_only" else "both"
             model = build_model(switch, tie_word_embeddings=folder.name == "tied", rope_theta=12345.0)
             model.save_pretrained(folder)
-            assert {"modeling_comet.py", "configuration_comet.py"} <= set(os.listdir(folder))
+            assert set(os.listdir(folder)) >= CODE_FILES
             want = {"text": text, "logits": model(text).logits.detach(), "ids": model.generate(text, max_new_tokens=10)}
+            want["official"] = model.generate(text, max_new_tokens=10, generation_layout="official")
             torch.save(want, folder / "want.pt")
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", textwrap.dedent(LOAD_ANEW), *map(str, folders)]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         for folder in folders:  # an export of an export is one too
-            assert {"modeling_comet.py", "configuration_comet.py"} <= set(os.listdir(folder / "again"))
+            assert set(os.listdir(folder / "again")) >= CODE_FILES
             again = CometForCausalLM.from_pretrained(folder / "again")
             assert again(text).logits.equal(torch.load(folder / "want.pt")["logits"])
             assert again.config.auto_map == build_model().config.auto_map
@@ -447,7 +464,7 @@ class TestRefusals:
             ({"max_new_tokens": 3, "temperature": 0.5}, "do_sample=True"),
             ({"max_new_tokens": 3, "do_sample": True, "temperature": 0.0}, "temperature"),
             ({"max_new_tokens": 3, "do_sample": True, "top_p": 1.5}, "top_p"),
-            ({"max_new_tokens": 3, "attention_mask": torch.tensor([[0, 1]])}, "attention_mask"),
+            ({"max_new_tokens": 3, "attention_mask": torch.tensor([[1, 0]])}, "attention_mask"),
         ],
     )
     def test_options_that_cannot_hold_are_refused(self, options, named):
