@@ -100,8 +100,9 @@ def report_user_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except CometError as error:
             sys.stdout.flush()
             rank = int(os.environ.get("RANK", "0"))
-            if rank == 0 or error.said_by_all:
-                speaker = f"rank {rank}: " if error.said_by_all else ""
+            # One process speaks for its machine: folders may be there on one and missing on another.
+            if rank == 0 or error.said_by_all or os.environ.get("LOCAL_RANK") == "0":
+                speaker = f"rank {rank}: " if error.said_by_all or rank else ""
                 print(f"{speaker}{error.kind}: {error}", file=sys.stderr, flush=True)
             return error.exit_code
 

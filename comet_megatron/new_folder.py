@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comet_megatron.errors import OutputError
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def make_folder(folder: Path) -> None:
@@ -60,6 +63,23 @@ def check_is_new(output_dir: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def told_of_a_full_disk(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the system says of a disk that is full or may not be written into a message.
+
+    Raises:
+        OutputError: instead of that OSError; others pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise OutputError(
+            f"cannot write: {error.strerror}", where=str(where), way_out="free space on the disk; nothing was written"
+        ) from error
+
+
+@contextmanager
 def new_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder next to `output_dir`; rename it to `output_dir` at the end, or delete it on an error.
 
@@ -70,7 +90,8 @@ def new_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
     make_folder(temporary)
     try:
-        yield temporary
+        with told_of_a_full_disk(target):
+            yield temporary
         check_is_new(target)  # somebody may have filled it meanwhile
         os.rename(temporary, target)
     finally:

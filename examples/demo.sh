@@ -31,7 +31,7 @@ step "4. fine-tune with $NPROC processes, a pipeline stage each" \
   parallel.pp="$NPROC" model.path="$RUN/start" data.train="$RUN/data/train" data.eval="$RUN/data/eval" train.output="$RUN/train" "$@"
 LAST=$(find "$RUN/train/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1)
 step "5. Megatron to Hugging Face" \
-  python tools/convert_to_hf.py --checkpoint "$LAST" --output "$RUN/hf"
+  python tools/convert_to_hf.py --checkpoint "$LAST" --output "$RUN/hf" --verify
 step "6. the model writes" \
   python tools/generate.py --model "$RUN/hf" --prompt 'def __init__(self, ' --max-new-tokens 80 --temperature 0.6
 printf '\nloss curve:  %s\nthe stages:  %s\ncurves:      tensorboard --logdir %s\nthe model:   %s\n' \

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comet_megatron.backend.quiet import quiet_libraries
+from comet_megatron.checkpoint.hf_config import FORMATS
 from comet_megatron.errors import report_user_errors
 from comet_megatron.new_folder import check_is_new
 
@@ -34,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="one checkpoint's folder")
     parser.add_argument("--output", required=True, type=Path, help="new folder for the model")
-    parser.add_argument("--format", choices=tuple(NEXT), default="comet", help="default %(default)s")
+    parser.add_argument("--format", choices=FORMATS, default="comet", help="default %(default)s")
     parser.add_argument(
         "--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: as it is stored (default)"
     )

@@ -4,8 +4,9 @@ python tools/plan.py --config FILE                            the first step's s
 python tools/plan.py --config FILE --tokens 131072 131072     sequences of these lengths in a step of one pipeline
 python tools/plan.py --config FILE --tokens 131072 --timeline diagonal.png parallel.pp=8 train.recompute=full
 
-Only model.json of model.path is read, no weights; nothing is started. Times are FLOPs, simulated with the op lists that
-training runs: what a machine makes of them is measured, not planned.
+No weights are read: only model.json of model.path, or of model.init_from its config, tokenizer and the weights' names.
+Nothing is started. Times are FLOPs, simulated with the op lists that training runs: what a machine makes of them is
+measured, not planned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import yaml
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.start import open_start
 from comet_megatron.config.load import LoadedConfig, load_config
-from comet_megatron.config.rules import check_config, check_layout, require
+from comet_megatron.config.rules import check_config, check_layout, check_start, require
 from comet_megatron.config.schema import REQUIRED, Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.sampler import plan_batch
@@ -120,10 +121,11 @@ def check(loaded: LoadedConfig, *, processes: int) -> ModelDescription:
     problems: list[CometError] = list(check_config(config, where=where))
     description = None
     try:
-        description = open_start(config).description
-        problems += check_layout(
-            config, description.architecture, description.memory, world_size=processes, where=where
-        )
+        if not check_start(config, where):
+            description = open_start(config).description
+            problems += check_layout(
+                config, description.architecture, description.memory, world_size=processes, where=where
+            )
     except CometError as error:
         problems.append(error)
     if len(problems) == 1:

@@ -19,23 +19,24 @@ class Family:
         qk_norm: queries and keys are normed, per head.
         qkv_bias: the query, key and value projections have biases.
         defaults: of keys that config.json may leave out (those of the family's config class in transformers).
-        window_key: key that switches the sliding window on; empty: it is on wherever sliding_window has a value.
+        window: when the sliding window is on: never | use_sliding_window (that key says so) | given (it has a value).
     """
 
     hf_class: str
     qk_norm: bool = False
     qkv_bias: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    window_key: str = ""
+    window: str = "never"
 
 
 FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"head_dim": 128}, window_key="use_sliding_window"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window_key="use_sliding_window"),
-    "llama": Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048}, window_key="use_sliding_window"),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"head_dim": 128}, window="use_sliding_window"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, window="use_sliding_window"),
+    "llama": Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048}),
     "mistral": Family(
         "MistralForCausalLM",
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        window="given",
     ),
 }
 # What every family leaves unsaid alike.
@@ -65,7 +66,7 @@ COMET_KEYS = (
 
 def is_comet(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model with memory: an export of ours, or a checkpoint of the authors."""
-    is_named = config.get("model_type") == "comet" or OFFICIAL_CLASS in (config.get("architectures") or ())
+    is_named = config.get("model_type") == "comet" or OFFICIAL_CLASS in _classes(config)
     return is_named or {"temp_beacon_stride", "temp_mem_budget", "global_beacon_ids"} <= set(config)
 
 
@@ -73,4 +74,9 @@ def family_name(config: Mapping[str, Any]) -> str | None:
     """The backbone's model_type."""
     if config.get("model_type") == "comet":
         return config.get("backbone_model_type", OFFICIAL_FAMILY)
-    return OFFICIAL_FAMILY if OFFICIAL_CLASS in (config.get("architectures") or ()) else config.get("model_type")
+    return OFFICIAL_FAMILY if OFFICIAL_CLASS in _classes(config) else config.get("model_type")
+
+
+def _classes(config: Mapping[str, Any]) -> list[Any]:
+    named = config.get("architectures")
+    return named if isinstance(named, list) else []

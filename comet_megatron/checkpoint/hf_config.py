@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
     if family is None:
         known = ", ".join([*FAMILIES, f"and CoMeT models of these (comet, {OFFICIAL_CLASS})"])
         raise CheckpointError(f"architecture {name!r} is not supported", where=where, way_out=f"known: {known}")
+    own = config.get("model_type") == "comet"  # which says itself what its family would say of it
+    window = _window_of(config, family)
     config = {**DEFAULTS, **family.defaults, **{k: v for k, v in config.items() if v is not None}}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     wrong = [k for k in _SIZES if type(config.get(k)) is not int or config[k] < 1]
@@ -89,7 +92,9 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
     if unsupported:
         raise CheckpointError(f"not supported: {', '.join(unsupported)}", where=where, way_out="use another model")
     theta, scaling = _rope_of(config, where=where)
-    own = config.get("model_type") == "comet"  # which says itself what its family would say of it
+    if not isinstance(config["tie_word_embeddings"], bool):
+        what = f"tie_word_embeddings {config['tie_word_embeddings']!r} is neither true nor false"
+        raise CheckpointError(what, where=where, way_out=_COPY_AGAIN)
     try:
         return Architecture(
             family=str(name),
@@ -104,20 +109,25 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
             rope_theta=theta,
             tie_embeddings=bool(config["tie_word_embeddings"]),
             init_std=float(config["initializer_range"]),
-            max_positions=_max_positions(config, family),
+            max_positions=min(int(config["max_position_embeddings"]), int(window or config["max_position_embeddings"])),
             qk_norm=bool(config.get("qk_norm", True)) if own else family.qk_norm,
             qkv_bias=bool(config.get("qkv_bias", False)) if own else family.qkv_bias,
             rope_scaling=scaling,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"a size is no number: {error}", where=where, way_out=_COPY_AGAIN) from error
 
 
-def _max_positions(config: Mapping[str, Any], family: Family) -> int:
-    """Positions a row may look back over: with a sliding window those in it, so that no chunk is ever cut by it."""
-    positions, window = int(config["max_position_embeddings"]), config.get("sliding_window")
-    is_on = bool(config.get(family.window_key, False)) if family.window_key else window is not None
-    return min(positions, int(window)) if is_on and window else positions
+def _window_of(config: Mapping[str, Any], family: Family) -> Any:
+    """The sliding window, or None: it bounds the positions of a chunk, so that no chunk is ever cut by it.
+
+    A key that is null switches it off; one that is absent has the family's default. Our own models have none.
+    """
+    if config.get("model_type") == "comet" or family.window == "never":
+        return None
+    if family.window == "use_sliding_window" and not config.get("use_sliding_window"):
+        return None
+    return config.get("sliding_window", family.defaults.get("sliding_window"))
 
 
 def _rope_of(config: Mapping[str, Any], *, where: str) -> tuple[float, RopeScaling | None]:
@@ -128,7 +138,7 @@ def _rope_of(config: Mapping[str, Any], *, where: str) -> tuple[float, RopeScali
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
             raise CheckpointError(f"rotary settings {given!r} are not supported", where=where, way_out="another model")
         rope |= given
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", *_LLAMA3_KEYS)}
     if kind not in needed:
         advice = f"known: {', '.join(needed)}; positions restart in each chunk, so a model of up to its original "
@@ -136,10 +146,13 @@ def _rope_of(config: Mapping[str, Any], *, where: str) -> tuple[float, RopeScali
         raise CheckpointError(f"not supported: rope type {kind!r}", where=where, way_out=advice)
     theta = rope.get("rope_theta") or config["rope_theta"]
     try:
-        if missing := [key for key in needed[kind] if not float(rope.get(key) or 0) > 0]:
+        if missing := [key for key in needed[kind] if not 0 < float(rope.get(key) or 0) < math.inf]:
             what = f"rope type {kind!r} needs {', '.join(missing)}"
             raise CheckpointError(what, where=where, way_out=_COPY_AGAIN)
         theta, values = float(theta), {key: float(rope[key]) for key in needed[kind]}
+        if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+            what = f"low_freq_factor {values['low_freq_factor']:g} is not below high_freq_factor"
+            raise CheckpointError(what, where=where, way_out=_COPY_AGAIN)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"a rotary setting is no number: {error}", where=where, way_out=_COPY_AGAIN) from error
     if kind == "default":
@@ -168,6 +181,9 @@ def memory_of(config: Mapping[str, Any], *, where: str) -> MemorySizes:
         type(n) is int for n in [*numbers, *values["global_beacon_ids"]]
     ):
         raise CheckpointError(f"{', '.join(names)} must be whole numbers", where=where, way_out="copy it again")
+    rank = config.get("memory_adapter_rank", OFFICIAL_ADAPTER_RANK)
+    if type(rank) is not int:
+        raise CheckpointError(f"memory_adapter_rank {rank!r} is no whole number", where=where, way_out="copy it again")
     ids = [values["placeholder_id"], values["temp_beacon_id"], *values["global_beacon_ids"]]
     used = [i for i in ids if i is not None and i >= 0]
     return MemorySizes(
@@ -178,7 +194,7 @@ def memory_of(config: Mapping[str, Any], *, where: str) -> MemorySizes:
         beacon_id=-1 if ids[1] is None else ids[1],
         global_beacon_ids=tuple(values["global_beacon_ids"]),
         first_new_id=min(used, default=int(config["vocab_size"])),
-        adapter_rank=int(config.get("memory_adapter_rank") or OFFICIAL_ADAPTER_RANK),
+        adapter_rank=rank,
     )
 
 
@@ -246,6 +262,8 @@ def _official(description: ModelDescription, tokenizer_eos: int | None, dtype: s
 
 def _backbone(description: ModelDescription, tokenizer_eos: int | None, dtype: str) -> dict[str, Any]:
     a, origin = description.architecture, _of_origin(description)
+    if is_comet(description.hf_config):  # where nothing says it, transformers takes the family's default
+        origin["sliding_window"] = None
     return {
         **origin,
         "architectures": [FAMILIES[a.family].hf_class],
@@ -262,7 +280,8 @@ def _backbone(description: ModelDescription, tokenizer_eos: int | None, dtype: s
 def backbone_vocabulary(description: ModelDescription) -> int:
     """Rows of the plain backbone: as many as the model had before it got a memory; else as many as it has."""
     origin = description.hf_config
-    return description.architecture.vocab_size if is_comet(origin) else int(origin["vocab_size"])
+    known = None if is_comet(origin) else origin.get("vocab_size")
+    return description.architecture.vocab_size if known is None else int(known)
 
 
 def _of_origin(description: ModelDescription) -> dict[str, Any]:

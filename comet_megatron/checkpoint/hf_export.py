@@ -7,6 +7,7 @@ backbone (the plain model without its memory).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,24 +16,26 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import comet_megatron.hf
 from comet_megatron.checkpoint.hf_config import backbone_vocabulary, hf_config_of
-from comet_megatron.checkpoint.hf_folder import INDEX
+from comet_megatron.checkpoint.hf_folder import INDEX, raise_problems
 from comet_megatron.checkpoint.hf_rules import Rule, Shape, Vocabulary, plan_rules
 from comet_megatron.checkpoint.hf_tokenizer import write_text_tokenizer
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, read_description
 from comet_megatron.checkpoint.sharded import load_whole, stored_precision, stored_shapes
 from comet_megatron.data.tokenizer import load_tokenizer
-from comet_megatron.errors import CheckpointError, DataError
+from comet_megatron.errors import CheckpointError, DataError, OutputError
 from comet_megatron.model.architectures import DTYPES
 from comet_megatron.new_folder import copy_files, new_folder
 from comet_megatron.parallel.layout import Layout
 
 EXPORT_DTYPES = {**DTYPES, "fp16": torch.float16}
 MAX_FILE_SIZE = "5GB"
+PORTION_BYTES = 256 << 20  # of parameters that are loaded at once; many small loads would each read the metadata
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def export_hf(
     assert layout.world_size == 1
     description = read_description(checkpoint)
     tokenizer_folder = checkpoint / TOKENIZER
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = check_tokenizer_loads(tokenizer_folder, way_out="use another checkpoint, or copy its tokenizer/ again")
     if len(tokenizer) > description.architecture.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {description.architecture.vocab_size}",
@@ -98,7 +101,7 @@ def export_hf(
             write_text_tokenizer(tokenizer_folder, folder, first_new_id=description.memory.first_new_id)
         else:
             copy_files(tokenizer_folder, folder)
-        check_tokenizer(folder)
+        check_tokenizer_loads(folder, way_out="nothing was written; please report it")
         export = Export(description, form, target, files)
         if check is not None:
             check(folder, export)
@@ -118,17 +121,16 @@ def generation_config_of(description: ModelDescription, config: Mapping[str, Any
     return {**ends, **{k: v for k, v in description.generation_config.items() if v is not None}}
 
 
-def check_tokenizer(folder: Path) -> None:
-    """
+def check_tokenizer_loads(folder: Path, *, way_out: str) -> Any:
+    """The tokenizer.
+
     Raises:
-        CheckpointError: AutoTokenizer cannot load what was written.
+        CheckpointError: AutoTokenizer cannot load it.
     """
     try:
-        load_tokenizer(folder)
+        return load_tokenizer(folder)
     except DataError as error:
-        raise CheckpointError(
-            f"the export's tokenizer cannot be loaded: {error.what}", way_out="nothing was written; mend tokenizer/"
-        ) from error
+        raise CheckpointError(error.what, where=error.where, way_out=way_out) from error
 
 
 def write_weights(
@@ -141,7 +143,13 @@ def write_weights(
     split = split_torch_state_dict_into_shards(planned, max_shard_size=max_file_size)
     for file, names in split.filename_to_tensors.items():
         tensors = dict(_tensors(checkpoint, rules, set(names), dtype))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(
+                f"the weights cannot be written: {error}", where=str(folder.parent), way_out="free space on the disk"
+            ) from error
+        del tensors
         (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -164,22 +172,42 @@ def check_stored(checkpoint: Path, rules: Sequence[Rule]) -> None:
             problems.append(f"{rule.megatron} is missing")
         elif have != want:
             problems.append(f"{rule.megatron} has shape {have}, not {want}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"the weights are of other sizes than model.json says: {'; '.join(problems[:5])}{more}",
-            where=str(checkpoint),
-            way_out="the checkpoint is damaged: use another one, or convert again",
-        )
+    raise_problems(problems, what="the weights are of other sizes than model.json says", where=str(checkpoint))
 
 
 def _tensors(
     checkpoint: Path, rules: Sequence[Rule], names: set[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of an export."""
-    wanted = [rule for rule in rules if names.intersection(rule.hf)]
-    loaded = load_whole(checkpoint, [rule.megatron for rule in wanted])
-    for rule in wanted:
-        for name, tensor in zip(rule.hf, rule.to_hf(loaded.pop(rule.megatron)), strict=True):
-            if name in names:
-                yield name, tensor.to(dtype, copy=True).contiguous()
+    """The named tensors of an export; a few parameters of the checkpoint are loaded at once.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
+    for some in _in_portions([rule for rule in rules if names.intersection(rule.hf)]):
+        loaded = load_whole(checkpoint, [rule.megatron for rule in some])
+        for rule in some:
+            for name, tensor in zip(rule.hf, rule.to_hf(loaded.pop(rule.megatron)), strict=True):
+                if name in names:
+                    rounded = tensor.to(dtype, copy=True).contiguous()
+                    if bool((rounded.isinf() & tensor.isfinite()).any()):
+                        raise CheckpointError(
+                            f"{name} has values up to {float(tensor.abs().max()):.3g}, too large for {dtype}",
+                            where=str(checkpoint),
+                            way_out="export with --dtype bf16 or fp32",
+                        )
+                    yield name, rounded
+
+
+def _in_portions(rules: Sequence[Rule]) -> Iterator[list[Rule]]:
+    """Neighbouring rules of PORTION_BYTES together, or one that is larger."""
+    portion: list[Rule] = []
+    size = 0
+    for rule in rules:
+        rule_bytes = 4 * sum(math.prod(shape) for shape in rule.shapes)
+        if portion and size + rule_bytes > PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(rule)
+        size += rule_bytes
+    if portion:
+        yield portion

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,18 @@ from torch import Tensor
 from comet_megatron.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+
+
+MAX_NAMED = 20  # problems of weights in one message
+
+
+def raise_problems(problems: Sequence[str], *, what: str, where: str) -> None:
+    """One CheckpointError that names all problems of the weights; nothing if there are none."""
+    if problems:
+        more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise CheckpointError(
+            f"{what}: {'; '.join(problems[:MAX_NAMED])}{more}", where=where, way_out="copy the model again"
+        )
 
 
 class HfTensors(Mapping[str, Tensor]):
@@ -27,6 +39,7 @@ class HfTensors(Mapping[str, Tensor]):
         self.folder = folder
         self._open_files = ExitStack()
         self._file_of: dict[str, Any] = {}
+        path_of: dict[str, str] = {}
         for path in _weight_files(folder):
             try:
                 file = self._open_files.enter_context(safe_open(path, framework="pt"))
@@ -35,7 +48,16 @@ class HfTensors(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"truncated or damaged safetensors: {error}", where=str(path), way_out="copy the file again"
                 ) from error
+            if twice := sorted(self._file_of.keys() & set(file.keys())):
+                self.close()
+                raise_problems([f"{name} is in two files" for name in twice], what="weights", where=str(folder))
             self._file_of |= dict.fromkeys(file.keys(), file)
+            path_of |= dict.fromkeys(file.keys(), path.name)
+        if wrong := [
+            f"{name} is not in {file}" for name, file in _indexed(folder).items() if path_of.get(name) != file
+        ]:
+            self.close()
+            raise_problems(wrong, what="the index is of other files", where=str(folder / INDEX))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)
@@ -71,6 +93,17 @@ class HfTensors(Mapping[str, Tensor]):
         self.close()
 
 
+def _indexed(folder: Path) -> dict[str, str]:
+    """File names by tensor, as the index has them; empty where there is none."""
+    index = folder / INDEX
+    if not index.exists():
+        return {}
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"damaged index: {error!r}", where=str(index), way_out="copy it again") from error
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
@@ -81,10 +114,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder} has no *.safetensors", way_out="save the model with safe_serialization; pickles are not read"
             )
         return files
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"damaged index: {error!r}", where=str(index), way_out="copy it again") from error
+    names = sorted(set(_indexed(folder).values()))
     for name in names:
         if Path(name).name != name or name in ("", ".."):
             raise CheckpointError(

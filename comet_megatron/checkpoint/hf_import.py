@@ -9,26 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from comet_megatron.checkpoint.families import is_comet
 from comet_megatron.checkpoint.hf_config import architecture_of, memory_of, read_hf_config
-from comet_megatron.checkpoint.hf_folder import HfTensors
-from comet_megatron.checkpoint.hf_rules import EMBEDDING, HEAD, Vocabulary, is_memory_net, plan_rules
+from comet_megatron.checkpoint.hf_folder import HfTensors, raise_problems
+from comet_megatron.checkpoint.hf_rules import HEAD, Vocabulary, is_memory_net, plan_rules
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.sharded import save_checkpoint
 from comet_megatron.config.rules import check_architecture, check_memory_sizes, check_stride_divides, require
 from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from comet_megatron.errors import CheckpointError, ConfigError
+from comet_megatron.errors import CheckpointError, CometError, ConfigError
 from comet_megatron.model.build import build_stage
 from comet_megatron.model.stage import CometStage
+from comet_megatron.new_folder import told_of_a_full_disk
 from comet_megatron.parallel.layout import Layout
 from tokenizers import AddedToken
 
@@ -37,6 +39,7 @@ from tokenizers import AddedToken
 NEW_ROW_SPREAD = 0.01
 VOCABULARY_MULTIPLE = 256
 BLOCK_ROWS = 1024  # of a vocabulary, read at once
+DTYPES_READ = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class ImportPlan:
     """What will be made of a Hugging Face folder. Nothing but names and shapes of its weights has been read.
 
     Attributes:
-        stored: the embedding's dtype in the folder, in safetensors' words.
+        stored: dtypes of the tensors in the folder, in safetensors' words.
         backbone: its sizes as they are in the folder; `description` has the vocabulary grown.
         has_memory: it is a CoMeT model already.
         tokenizer: with CoMeT's tokens.
@@ -96,7 +99,7 @@ class ImportPlan:
 
     source: Path
     description: ModelDescription
-    stored: str
+    stored: frozenset[str]
     backbone: Architecture
     has_memory: bool
     tokenizer: Any = field(repr=False)
@@ -104,8 +107,8 @@ class ImportPlan:
 
     @property
     def precision(self) -> str:
-        """As which a starting checkpoint stores its weights: bf16 as it is, all else as fp32, which holds it."""
-        return "bf16" if self.stored == "BF16" else "fp32"
+        """As which a starting checkpoint stores its weights: bf16 if all are, else fp32, which holds any of them."""
+        return "bf16" if self.stored == {"BF16"} else "fp32"
 
     @torch.no_grad()
     def load_weights(self, stage: CometStage) -> None:
@@ -147,7 +150,7 @@ class ImportPlan:
         Every row from the first new id on is new, also where the old matrix had room: those were never trained.
         """
         memory, end = self.description.memory, self.description.architecture.vocab_size
-        old = self.backbone.vocab_size if self.has_memory else memory.first_new_id
+        old = self.backbone.vocab_size if self.has_memory else min(memory.first_new_id, self.backbone.vocab_size)
         for begin in range(rows.start, min(rows.stop, old), BLOCK_ROWS):
             block = tensors.part(name, 0, begin, min(begin + BLOCK_ROWS, rows.stop, old))
             param[begin - rows.start : begin - rows.start + len(block)].copy_(block)
@@ -193,7 +196,7 @@ def import_hf(
     Raises:
         CheckpointError, DataError, ConfigError: see `plan_import`; nothing is written then.
     """
-    plan = plan_import(source, asked, seed=seed)
+    plan = _on_all_ranks(lambda: plan_import(source, asked, seed=seed), layout)
     description = plan.description
     layers = description.architecture.num_layers
     if layout.pp > layers:
@@ -210,9 +213,28 @@ def import_hf(
     )
     plan.load_weights(stage)
     with tempfile.TemporaryDirectory() as folder:
-        plan.save_tokenizer(Path(folder))
+        with told_of_a_full_disk(folder):
+            plan.save_tokenizer(Path(folder))
         save_checkpoint(output, stage, layout, description=description, tokenizer=Path(folder))
     return description
+
+
+def _on_all_ranks(make: Callable[[], ImportPlan], layout: Layout) -> ImportPlan:
+    """What `make` gives on this rank, once it has gone well on all. Communicates on the world."""
+    plan: ImportPlan | None = None
+    problem: CometError | None = None
+    try:
+        plan = make()
+    except CometError as error:
+        problem = error
+    found: list[CometError | None] = [problem]
+    if layout.world_size > 1:
+        found = [None] * layout.world_size
+        dist.all_gather_object(found, problem)
+    if first := next((error for error in found if error is not None), None):
+        raise first
+    assert plan is not None
+    return plan
 
 
 def plan_import(source: Path, asked: AskedMemory | None = None, *, seed: int = 1234) -> ImportPlan:
@@ -238,10 +260,11 @@ def plan_import(source: Path, asked: AskedMemory | None = None, *, seed: int = 1
         require(check_memory_sizes(memory, backbone, where=where))
     with HfTensors(source) as tensors:
         check_tensors(tensors, backbone, memory)
-        stored = tensors.dtype(EMBEDDING)
+        stored = frozenset(tensors.dtype(name) for name in tensors)
     tokenizer = load_tokenizer(source)
     architecture = backbone
     if memory is None:
+        check_ids_fit(tokenizer, backbone, where=str(source))
         sizes = asked.resolved()
         if sizes["global_slots"] < 0:
             raise ConfigError(f"global-slots {sizes['global_slots']} must be 0 or more; 0: no global memory")
@@ -258,6 +281,20 @@ def plan_import(source: Path, asked: AskedMemory | None = None, *, seed: int = 1
         text_tokenizer = tokenizer_fingerprint(tokenizer, below=memory.first_new_id)
     description = ModelDescription(architecture, memory, hf_config, text_tokenizer, read_generation_config(source))
     return ImportPlan(source, description, stored, backbone, has_memory, tokenizer, seed)
+
+
+def check_ids_fit(tokenizer: Any, backbone: Architecture, *, where: str) -> None:
+    """
+    Raises:
+        CheckpointError: the tokenizer makes ids that have no row in the model.
+    """
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= backbone.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer makes ids up to {highest}, and the model has {backbone.vocab_size} rows",
+            where=where,
+            way_out="copy the tokenizer that belongs to this model",
+        )
 
 
 def add_tokens(tokenizer: Any, sizes: dict[str, int], *, where: str) -> MemorySizes:
@@ -334,21 +371,15 @@ def check_tensors(tensors: HfTensors, backbone: Architecture, memory: MemorySize
     for name, want in expected.items():
         if name in tensors and tensors.shape(name) != want:
             problems.append(f"{name} has shape {tensors.shape(name)}, not {want}")
-    raise_problems(problems, where=str(tensors.folder))
+    raise_problems(problems, what="weights do not fit config.json", where=str(tensors.folder))
+    if odd := sorted({tensors.dtype(name) for name in tensors} - set(DTYPES_READ)):
+        raise CheckpointError(
+            f"weights of dtype {', '.join(odd)} are not read, only {', '.join(DTYPES_READ)}",
+            where=str(tensors.folder),
+            way_out="use the original model: quantised weights cannot be trained",
+        )
 
 
 def _is_buffer(name: str) -> bool:
     """Tables of positions that old versions of transformers saved; they are computed."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def raise_problems(problems: Iterable[str], *, where: str) -> None:
-    """One CheckpointError for all problems of the weights; nothing if there are none."""
-    problems = list(problems)
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"weights do not fit config.json: {'; '.join(problems[:5])}{more}",
-            where=where,
-            way_out="copy the model again",
-        )

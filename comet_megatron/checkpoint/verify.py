@@ -6,7 +6,9 @@ fp32, or a mistake in the conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +95,7 @@ def verify(checkpoint: Path, folder: Path, export: Export, layout: Layout, *, se
     memory = description.memory
     tokens = round(memory.chunk_size * CHUNKS)
     if is_plain:
-        tokens = min(tokens, MAX_BACKBONE_TOKENS)
+        tokens = min(tokens, MAX_BACKBONE_TOKENS, description.architecture.max_positions)
         memory = replace(memory, chunk_size=tokens, stride=-1, global_beacon_ids=())
     stage = build_stage(description.architecture, memory, layout.groups)
     load_weights(checkpoint, stage, layout)
@@ -103,7 +105,12 @@ def verify(checkpoint: Path, folder: Path, export: Export, layout: Layout, *, se
     model, rows = _load_export(folder, export.form), backbone_vocabulary(description) if is_plain else None
     theirs = _plain_chunks(model, ids) if is_plain else _comet_chunks(model, ids)
     found = [_compare(a, b, rows) for a, b in zip(_megatron_chunks(stage, ids), theirs, strict=True)]
-    return Verdict(tokens, tuple(max(at, key=lambda d: d.relative) for at in zip(*found, strict=True)))
+    return Verdict(tokens, tuple(worst(at) for at in zip(*found, strict=True)))
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The largest; a value that is no number is larger than all."""
+    return max(differences, key=lambda d: math.inf if math.isnan(d.relative) else d.relative)
 
 
 def require_equal(verdict: Verdict) -> None:
@@ -125,12 +132,14 @@ def _compare(ours: ChunkOutputs, theirs: ChunkOutputs, vocabulary: int | None) -
 
 
 def _load_export(folder: Path, form: str) -> nn.Module:
-    """In fp32; an official folder through our own class, which has the same names."""
+    """In fp32, as a user loads it; an official folder through our own class, which has the same names."""
     try:
-        if form == "backbone":
+        if form != "official":
             from transformers import AutoModelForCausalLM
 
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+            trust = form == "comet"  # the code is ours, just copied
+            options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust}
+            return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         config = {k: v for k, v in read_hf_config(folder).items() if k not in ("architectures", "dtype", "torch_dtype")}
         model = CometForCausalLM(CometConfig(**config)).eval()
         with HfTensors(folder) as tensors:
@@ -144,45 +153,47 @@ def _load_export(folder: Path, form: str) -> nn.Module:
         raise CheckpointError(f"the export does not load: {reason}", way_out="please report it") from error
 
 
-def _recorded(modules: Iterator[nn.Module] | list[nn.Module]) -> tuple[list[Tensor], Callable[[], None]]:
-    """A list that gathers each module's output, and what takes the recording off."""
+@contextmanager
+def _recorded(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that gathers each module's output."""
     outputs: list[Tensor] = []
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
     hooks = [module.register_forward_hook(record) for module in modules]
-    return outputs, lambda: [hook.remove() for hook in hooks] and None
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _megatron_chunks(stage: CometStage, ids: np.ndarray) -> Iterator[ChunkOutputs]:
-    outputs, stop = _recorded(list(stage.decoder.layers))
     memory = stage.empty_memory()
-    for plan in plan_chunks(ids.shape[1], stage.memory_sizes):
-        chunk = build_chunk_tensors(plan, ids, ids, stage.memory_sizes, shards=stage.shards, device=stage.device)
-        hidden, written = stage(chunk, memory)
-        carried = zip(memory, written, strict=True)
-        memory = [carry_memory(m, w, budget=stage.memory_sizes.budget) for m, w in carried]
-        text = torch.from_numpy(plan.text_rows).to(hidden.device)
-        logits = stage.logits(stage.decoder.final_layernorm(hidden[text]))
-        yield ChunkOutputs([out[text, 0] for out in outputs], logits[:, 0, : stage.architecture.vocab_size])
-        outputs.clear()
-    stop()
+    with _recorded(stage.decoder.layers) as outputs:
+        for plan in plan_chunks(ids.shape[1], stage.memory_sizes):
+            chunk = build_chunk_tensors(plan, ids, ids, stage.memory_sizes, shards=stage.shards, device=stage.device)
+            hidden, written = stage(chunk, memory)
+            carried = zip(memory, written, strict=True)
+            memory = [carry_memory(m, w, budget=stage.memory_sizes.budget) for m, w in carried]
+            text = torch.from_numpy(plan.text_rows).to(hidden.device)
+            logits = stage.logits(stage.decoder.final_layernorm(hidden[text]))
+            yield ChunkOutputs([out[text, 0] for out in outputs], logits[:, 0, : stage.architecture.vocab_size])
+            outputs.clear()
 
 
-def _comet_chunks(model: CometForCausalLM, ids: np.ndarray) -> Iterator[ChunkOutputs]:
-    outputs, stop = _recorded([layer.inner_layer for layer in model.model.layers])
+def _comet_chunks(model: nn.Module, ids: np.ndarray) -> Iterator[ChunkOutputs]:
     stride = model.config.temp_beacon_stride
-    for text_BSD, _ in model.model.stream(torch.from_numpy(ids), model.model.open_chunk()):
-        tokens = torch.arange(text_BSD.shape[1])
-        text = tokens + tokens // stride if stride > 0 else tokens
-        yield ChunkOutputs([out[0, text] for out in outputs], model.lm_head(text_BSD)[0])
-        outputs.clear()
-    stop()
+    with _recorded([layer.inner_layer for layer in model.model.layers]) as outputs:
+        for text_BSD, _ in model.model.stream(torch.from_numpy(ids), model.model.open_chunk()):
+            tokens = torch.arange(text_BSD.shape[1])
+            text = tokens + tokens // stride if stride > 0 else tokens
+            yield ChunkOutputs([out[0, text] for out in outputs], model.lm_head(text_BSD)[0])
+            outputs.clear()
 
 
 def _plain_chunks(model: nn.Module, ids: np.ndarray) -> Iterator[ChunkOutputs]:
-    outputs, stop = _recorded(list(model.model.layers))
-    logits = model(torch.from_numpy(ids)).logits[0]
-    yield ChunkOutputs([out[0] for out in outputs], logits)
-    stop()
+    with _recorded(model.model.layers) as outputs:
+        logits = model(torch.from_numpy(ids)).logits[0]
+        yield ChunkOutputs([out[0] for out in outputs], logits)

@@ -103,7 +103,7 @@ def _check_ranges(values: Mapping[str, Any], where: Where) -> list[ConfigError]:
 def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     problems = []
     optimizer, train = config.optimizer, config.train
-    problems += _check_start(config, where)
+    problems += check_start(config, where)
     if 0 < optimizer.lr < optimizer.min_lr:
         what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
         problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
@@ -128,7 +128,7 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     return problems + _check_layers_per_stage(config, where)
 
 
-def _check_start(config: Config, where: Where) -> list[ConfigError]:
+def check_start(config: Config, where: Where) -> list[ConfigError]:
     """One model to start from; the section memory is for a model that has none."""
     path, origin = config.model.path.strip(), config.model.init_from.strip()
     if not origin:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from comet_megatron.backend.device import keep_large_tensors_apart, select_device, set_cpu_threads
-from comet_megatron.checkpoint.model_folder import Progress, read_progress
+from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state
 from comet_megatron.checkpoint.start import Start
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.model.build import build_stage
-from comet_megatron.new_folder import make_folder
+from comet_megatron.new_folder import copy_files, make_folder
 from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
@@ -99,7 +99,7 @@ def build_trainer(
         optimizer=optimizer,
         schedule=schedule,
         description=description,
-        tokenizer=start.tokenizer,
+        tokenizer=keep_tokenizer(start, Path(config.train.output), layout),
         train_data=train_data,
         eval_data=eval_data,
         progress=progress,
@@ -107,6 +107,14 @@ def build_trainer(
         watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
     )
     return trainer, summarize(trainer, start.path, layers_per_stage, threads=threads)
+
+
+def keep_tokenizer(start: Start, run: Path, layout: Layout) -> Path:
+    """The run's own copy of the tokenizer: what it started from may be gone before the run has ended."""
+    folder = run / TOKENIZER
+    if layout.is_main:
+        copy_files(start.tokenizer, folder)
+    return folder
 
 
 def _build_watch(model: TrainableModel, layout: Layout, *, timeout_s: float) -> HangWatch | None:

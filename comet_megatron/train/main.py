@@ -24,7 +24,7 @@ from comet_megatron.checkpoint.model_folder import (
 from comet_megatron.checkpoint.run_folder import check_is_new_run, newest_checkpoint
 from comet_megatron.checkpoint.start import CheckpointStart, Start, open_start
 from comet_megatron.config.load import LoadedConfig, load_config, save_config
-from comet_megatron.config.rules import HF_PREFIX, check_config, check_layout, require
+from comet_megatron.config.rules import HF_PREFIX, check_config, check_layout, check_start, require
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -82,7 +82,7 @@ def check_before_start(loaded: LoadedConfig, process: ProcessRank, *, resume: bo
     except CometError as error:
         problems.append(error)
     try:
-        if not problems or not config.model.init_from:  # else the folder may not even be named
+        if start is not None or not check_start(config, where):  # else it may not even be named
             start = start or open_start(config)
             model = start.description
             problems += check_layout(
@@ -101,7 +101,7 @@ def check_same_run(checkpoint: Path, config: Config, description: ModelDescripti
     """What a resumed run would have otherwise than the run it continues."""
     progress, problems = read_progress(checkpoint), []
     origin = Path(config.model.path or config.model.init_from.removeprefix(HF_PREFIX))
-    if origin.exists() and (other := differences(description, open_start(config).description)):
+    if origin.exists() and (other := differences(description, _description_of(config) or description)):
         what = f"{checkpoint} is of another model than {origin}: {'; '.join(other[:5])}"
         key = "model.init_from" if config.model.init_from else "model.path"
         problems.append(CheckpointError(what, way_out=f"resume with the {key} the run was started with"))
@@ -120,6 +120,14 @@ def check_same_run(checkpoint: Path, config: Config, description: ModelDescripti
             way_out = "resume with the same; for another, start a new run from its exported model"
             problems.append(ConfigError(what, way_out=way_out))
     return problems
+
+
+def _description_of(config: Config) -> ModelDescription | None:
+    """The model that the run was started from, if it is still whole."""
+    try:
+        return open_start(config).description
+    except CometError:
+        return None
 
 
 def check_same_data(progress: Progress, data: ShardDataset) -> None:

@@ -242,3 +242,50 @@ def test_training_from_the_folder_equals_training_from_its_checkpoint(tmp_path, 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     beacon = json.loads((tmp_path / "out" / "config.json").read_text())["temp_beacon_id"]
     assert tokenizer.convert_tokens_to_ids("<beacon>") == beacon
+
+
+def export_large(process, start: Path, target: Path, dtype: str) -> str:
+    with alone() as layout:
+        try:
+            export_hf(start, target, layout, dtype=dtype)
+        except CheckpointError as error:
+            return str(error)
+    return "written"
+
+
+def test_a_value_too_large_for_the_dtype_is_refused_by_name(tmp_path, pool):
+    save_family(tmp_path / "hf", "qwen3")
+    tensors = read_tensors(tmp_path / "hf")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    pool(1).run(import_at, tmp_path / "hf", tmp_path / "start", ASKED, 1, 1)
+    told = pool(1).run(export_large, tmp_path / "start", tmp_path / "out", "fp16")[0]
+    assert "layers.1.inner_layer.mlp.up_proj.weight has values up to 1e+05" in told and "bf16" in told
+    assert not (tmp_path / "out").exists()
+    assert pool(1).run(export_large, tmp_path / "start", tmp_path / "out", "bf16") == ["written"]
+
+
+def test_weights_of_several_dtypes_are_kept_in_the_widest(tmp_path, pool):
+    save_family(tmp_path / "hf", "qwen3")
+    tensors = read_tensors(tmp_path / "hf")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    back = read_tensors(there_and_back(pool, tmp_path, "TP2", form="backbone"))
+    for name, tensor in tensors.items():
+        rows = TEXT_TOKENS if name in ("model.embed_tokens.weight", "lm_head.weight") else len(tensor)
+        assert torch.equal(back[name][:rows], tensor[:rows].float()), name
+
+
+def import_from_two_places(process, folders: list[Path], start: Path) -> str:
+    try:
+        import_hf(folders[process.rank], start, ASKED, layout_of(process, pp=2))
+    except CheckpointError as error:
+        return str(error)
+    return "written"
+
+
+def test_a_folder_that_is_missing_on_one_rank_stops_all(tmp_path, pool):
+    save_family(tmp_path / "hf", "qwen3")
+    folders = [tmp_path / "hf", tmp_path / "gone"]
+    told = pool(2).run(import_from_two_places, folders, tmp_path / "start")
+    assert all("there is no model folder" in text for text in told) and not (tmp_path / "start").exists()

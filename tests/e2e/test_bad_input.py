@@ -371,6 +371,29 @@ IMPORT = {
     ),
     "pickles instead of safetensors": Mistake(("no *.safetensors", "pickles"), to_pickles),
     "a checkpoint of ours": Mistake(("convert_to_hf.py",), typed=("--hf", "{0}/start")),
+    "an index of other tensors": Mistake(
+        ("the index is of other files: ghost.weight is not in model.safetensors",),
+        write("hf/model.safetensors.index.json", '{"weight_map": {"ghost.weight": "model.safetensors"}}'),
+    ),
+    "a tensor in two files": Mistake(
+        ("lm_head.weight is in two files",),
+        lambda folder: [
+            (folder / "hf" / "model.safetensors").rename(folder / "hf" / "a.safetensors"),
+            shutil.copyfile(folder / "hf" / "a.safetensors", folder / "hf" / "b.safetensors"),
+        ],
+    ),
+    "a tokenizer of more ids than the model has rows": Mistake(
+        ("ids up to 4095, and the model has 4000 rows",),
+        lambda folder: [
+            edit_json("hf/config.json", vocab_size=4000)(folder),
+            edit_weights(lambda t: t.update({n: t[n][:4000] for n in ("model.embed_tokens.weight", "lm_head.weight")}))(
+                folder
+            ),
+        ],
+    ),
+    "quantised weights": Mistake(
+        ("dtype I8",), edit_weights(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
+    ),
     "an index that leaves the folder": Mistake(
         ("outside",), write("hf/model.safetensors.index.json", '{"weight_map": {"a": "../model.safetensors"}}')
     ),
@@ -474,6 +497,7 @@ EXPORT = {
         ("of other sizes",), edit_json("start/model.json", architecture__ffn_hidden_size=64)
     ),
     "an output folder that is not empty": Mistake(("not empty",), write("out/notes.txt", "mine")),
+    "a damaged tokenizer": Mistake(("tokenizer", "use another checkpoint"), truncate("start/tokenizer/tokenizer.json")),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from comet_megatron.checkpoint.hf_config import FORMATS, architecture_of, hf_config_of, memory_of
 from comet_megatron.checkpoint.model_folder import ModelDescription
+from comet_megatron.checkpoint.verify import Difference, worst
 from comet_megatron.config.schema import RopeScaling, from_dict, to_dict
 from comet_megatron.errors import CheckpointError
 from comet_megatron.testing.tiny import FAMILIES, tiny_architecture, tiny_memory
@@ -108,7 +109,9 @@ def test_qwen2_5_has_biases_and_derives_its_head_size():
 
 def test_a_sliding_window_bounds_the_positions_of_a_chunk_where_it_is_on():
     assert read(MISTRAL_7B_V0_1).max_positions == 4096
-    assert read(MISTRAL_7B_V0_1, sliding_window=None).max_positions == 4096  # the class's default
+    assert read(MISTRAL_7B_V0_1, sliding_window=None).max_positions == 32768
+    absent = {k: v for k, v in MISTRAL_7B_V0_1.items() if k != "sliding_window"}
+    assert read(absent).max_positions == 4096  # the class's default
     assert read(QWEN2_5_7B, use_sliding_window=True, sliding_window=1024).max_positions == 1024
 
 
@@ -138,6 +141,14 @@ def test_keys_that_may_be_absent_have_their_familys_value():
         ({"num_hidden_layers": 1.5}, "num_hidden_layers"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"rms_norm_eps": "small"}, "no number"),
+        ({"max_position_embeddings": float("inf")}, "no number"),
+        ({"tie_word_embeddings": "false"}, "neither true nor false"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "'linear' needs factor"),
+        (
+            {"rope_scaling": {**LLAMA_3_2_1B["rope_scaling"], "low_freq_factor": 4.0}},
+            "low_freq_factor 4 is not below high_freq_factor",
+        ),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(changes, says):
@@ -155,8 +166,21 @@ def test_what_an_export_says_is_read_back_as_it_was(family, form):
         return
     config = hf_config_of(description, tokenizer_eos=0, dtype="float32", form=form)
     assert architecture_of(config, where="c") == description.architecture
+    long = replace(description, architecture=replace(description.architecture, max_positions=32768))
+    config = hf_config_of(long, tokenizer_eos=0, dtype="float32", form=form)
+    if form == "backbone" and family == "mistral":  # of a first model that did not say it
+        config["sliding_window"] = None
+    assert architecture_of(config, where="c") == long.architecture
     if form != "backbone":
         assert memory_of(config, where="c") == description.memory
+
+
+def test_odd_values_of_the_memory_keys_are_refused_by_name():
+    config = hf_config_of(ModelDescription(tiny_architecture(), tiny_memory(), {}), tokenizer_eos=0, dtype="float32")
+    for key, value in (("memory_adapter_rank", "x"), ("memory_adapter_rank", [1]), ("chunk_size", "32")):
+        with pytest.raises(CheckpointError, match=key):
+            memory_of({**config, key: value}, where="c")
+    assert architecture_of({**config, "architectures": 5}, where="c") == tiny_architecture()
 
 
 def test_the_authors_class_needs_adapters_of_its_rank():
@@ -179,6 +203,12 @@ def test_a_memory_that_is_off_needs_no_ids(changes, stride, new_ids):
     config = hf_config_of(description, tokenizer_eos=0, dtype="float32")
     found = memory_of({**config, **changes}, where="c")
     assert found.stride == stride and found.new_ids == new_ids
+
+
+def test_verify_takes_what_is_no_number_for_the_largest_difference():
+    differences = [Difference("layer 1", 1e-7, 1.0), Difference("layer 1", float("nan"), 1.0)]
+    assert not worst(differences).is_noise and not worst(differences[::-1]).is_noise
+    assert not worst([Difference("layer 1", float("inf"), 1.0), differences[0]]).is_noise
 
 
 def test_sizes_survive_their_json_and_older_ones_have_defaults():
