@@ -55,6 +55,7 @@ check: lint test  ## what every commit must pass
 benchmark: $(READY)  ## figures beside their reach; exits 1 if one is missed
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/inference.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(COMPAT) runs build *.egg-info .pytest_cache .ruff_cache

@@ -186,7 +186,7 @@ def _megatron_chunks(stage: CometStage, ids: np.ndarray) -> Iterator[ChunkOutput
 def _comet_chunks(model: nn.Module, ids: np.ndarray) -> Iterator[ChunkOutputs]:
     stride = model.config.temp_beacon_stride
     with _recorded([layer.inner_layer for layer in model.model.layers]) as outputs:
-        for text_BSD, _ in model.model.stream(torch.from_numpy(ids), model.model.open_chunk()):
+        for text_BSD, _, _ in model.model.stream(torch.from_numpy(ids), model.model.open_chunk()):
             tokens = torch.arange(text_BSD.shape[1])
             text = tokens + tokens // stride if stride > 0 else tokens
             yield ChunkOutputs([out[0, text] for out in outputs], model.lm_head(text_BSD)[0])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from comet_megatron.data.documents import Document, text_files
-from comet_megatron.errors import ConfigError, DataError
+from comet_megatron.errors import CheckpointError, ConfigError, DataError
 from comet_megatron.new_folder import check_is_new, new_folder
 
 EOS_TOKEN = "<|endoftext|>"
@@ -249,6 +249,25 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     if not len(tokenizer):
         raise DataError("the tokenizer has no vocabulary", where=str(folder), way_out=way_out)
     return tokenizer
+
+
+def check_has_ids(tokenizer: Any, ids: Iterable[int], *, where: str) -> None:
+    """Refuse a tokenizer that lacks tokens of a model's memory.
+
+    Args:
+        ids: of the beacons and the placeholder.
+
+    Raises:
+        CheckpointError: names the ids that are not in its vocabulary: it is not the one the model was trained with.
+    """
+    known = set(tokenizer.get_vocab().values())
+    if missing := sorted(set(ids) - known):
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"the tokenizer lacks the beacon tokens: it has {len(known)} ids, and not {shown}",
+            where=where,
+            way_out="copy the tokenizer that was saved with this model, not the backbone's",
+        )
 
 
 def tokenizer_fingerprint(folder_or_tokenizer: Any, *, below: int | None = None) -> str:

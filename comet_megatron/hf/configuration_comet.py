@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+DEFAULT_ROPE_THETA = 1e4  # of transformers, for every backbone
 # Rotary scalings, and what each needs to know.
 ROPE_KEYS = {
     "linear": ("factor",),
@@ -23,7 +24,8 @@ class CometConfig(PretrainedConfig):
         backbone_model_type: model_type of the backbone (qwen3, qwen2, llama, mistral); a name only.
         qk_norm: queries and keys are normed, as in Qwen3.
         qkv_bias: their projections and that of the values have biases, as in Qwen2.
-        rope_theta: base of the rotary embedding; `rope_parameters={"rope_theta": ...}` (transformers 5) is read too.
+        rope_theta: base of the rotary embedding, 1e4 where it is not given, as for the backbones in transformers;
+            `rope_parameters={"rope_theta": ...}` (transformers 5) is read too.
         rotary_scaling: {"rope_type": "llama3" | "linear", "factor": ...} with the keys of transformers, or None;
             read from `rope_parameters` or `rope_scaling` too. Under a name of its own, as transformers 4 and 5 make
             different things of those.
@@ -94,7 +96,7 @@ class CometConfig(PretrainedConfig):
         self.backbone_model_type = backbone_model_type
         self.qk_norm = qk_norm
         self.qkv_bias = qkv_bias
-        self.rope_theta = float(rope.pop("rope_theta", None) or rope_theta or 1e6)
+        self.rope_theta = float(rope.pop("rope_theta", None) or rope_theta or DEFAULT_ROPE_THETA)
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
         self.rotary_scaling = None if rope["rope_type"] == "default" else rope
         self.attention_bias = attention_bias

@@ -8,6 +8,9 @@ Shapes: B batch (or the rows of a group), S text tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +36,9 @@ LAYOUTS = {
 DEFAULT_NEW_TOKENS = 20  # transformers', where neither the call nor the generation config says a number
 DEFAULT_TOP_K = 50  # transformers', too
 UNSET_MAX_LENGTH = (None, 20)  # transformers 4 writes the default into every generation config
+# Temperature and repetition penalty: beyond, logits that are divided by both may leave fp32.
+LEAST_FACTOR, MOST_FACTOR = 1e-15, 1e15
+MOST_TOKENS = 2**31 - 1
 
 SUPPORTED = (
     "max_new_tokens",
@@ -79,13 +85,19 @@ class OpenText:
         self.last_BD: Tensor | None = None
         self.pending_B: Tensor | None = None
 
-    def read(self, text_BS: Tensor) -> Iterator[Tensor]:
-        """Append text; yields the normed outputs [B, S, D] chunk by chunk, after the state has taken them in."""
+    def read(self, text_BS: Tensor, *, only_last: bool = True) -> Iterator[tuple[Tensor, int]]:
+        """Append text.
+
+        Yields, chunk by chunk and after the state has taken them in: the normed outputs at the last token [B, 1, D], or
+        at all [B, S, D], and how many tokens were read.
+        """
         self._read_pending()
-        for text_BSD, chunk in self.model.model.stream(text_BS, self.chunk, layout=self.layout):
+        for text_BSD, chunk, tokens in self.model.model.stream(
+            text_BS, self.chunk, layout=self.layout, only_last=only_last
+        ):
             self.chunk = chunk
             self.last_BD = text_BSD[:, -1].clone()  # a view would keep the whole chunk
-            yield text_BSD
+            yield text_BSD, tokens
 
     def scores(self, is_done_B: Tensor | None = None) -> Tensor:
         """Logits [B, V] of the next token, in fp32, also in rows that are done."""
@@ -234,11 +246,24 @@ def resolve_options(
 ) -> GenerationOptions:
     """The options of a call; what it gives wins over its generation config, or without one over the model's.
 
+    Of the model's own generation config, what is not built here is ignored with a warning: it came with the backbone.
+
     Raises:
         ValueError: options that are not built here, are out of range, or would have no effect.
     """
-    config = model.generation_config if generation_config is None else generation_config
-    refuse_unsupported({**config.to_diff_dict(), **given})
+    own = model.generation_config
+    config = own if generation_config is None else generation_config
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"generation_config={config!r} must be a GenerationConfig")
+    asked = config.to_diff_dict()
+    # A pipeline passes a changed copy of the model's own: what is the same in both is still the model's.
+    inherited = asked if config is own else _common(asked, own.to_diff_dict())
+    refuse_unsupported({**{name: value for name, value in asked.items() if name not in inherited}, **given})
+    if ignored := find_unsupported({name: value for name, value in inherited.items() if name not in given}):
+        warnings.warn(
+            f"the model's generation config asks for {', '.join(ignored)}, which generate does not support: ignored",
+            stacklevel=2,
+        )
     options = {name: getattr(config, name, None) for name in SUPPORTED}
     if options["max_length"] in UNSET_MAX_LENGTH:
         options["max_length"] = None
@@ -249,18 +274,16 @@ def resolve_options(
     shaping = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if not do_sample and any(given.get(name) not in (None, neutral) for name, neutral in shaping.items()):
         raise ValueError("temperature, top_k and top_p shape a distribution to draw from: set do_sample=True")
-    penalty = 1.0 if options["repetition_penalty"] is None else float(options["repetition_penalty"])
-    if not penalty > 0:
-        raise ValueError(f"repetition_penalty={penalty} must be above 0")
+    penalty = 1.0 if options["repetition_penalty"] is None else options["repetition_penalty"]
     end_ids = _end_ids(options["eos_token_id"])
     pads = (options["pad_token_id"], model.config.pad_token_id, *end_ids, 0)
     return GenerationOptions(
         new_tokens=_new_tokens(options, prompt_length),
         do_sample=do_sample,
         warpers=_build_warpers(options) if do_sample else LogitsProcessorList(),
-        repetition_penalty=penalty,
+        repetition_penalty=_number("repetition_penalty", penalty, LEAST_FACTOR, MOST_FACTOR),
         end_ids=end_ids,
-        pad_id=next(int(pad) for pad in pads if pad is not None),
+        pad_id=next(_whole_number("pad_token_id", pad, -1) for pad in pads if pad is not None),
         stop_strings=_build_stop_strings(options["stop_strings"], tokenizer),
     )
 
@@ -271,56 +294,98 @@ def refuse_unsupported(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names them all.
     """
-    unsupported = [
-        f"{name}={value!r}"
-        for name, value in options.items()
-        if name not in (*SUPPORTED, *IGNORED)
-        and not name.startswith("_")
-        and not isinstance(value, torch.Tensor)
-        and value not in (None, False, 0, "", [], {})
-        and not (name in SWITCHED_OFF_BY_ONE and value == 1)
-    ]
-    unsupported += [name for name, value in options.items() if isinstance(value, torch.Tensor) and name not in IGNORED]
-    if unsupported:
+    if unsupported := find_unsupported(options):
         raise ValueError(f"generate does not support {', '.join(unsupported)}; it knows {', '.join(SUPPORTED)}")
+
+
+def find_unsupported(options: Mapping[str, Any]) -> list[str]:
+    """Options that would change what is written but are not built here, as name=value."""
+    return [
+        name if isinstance(value, Tensor) else f"{name}={value!r}"
+        for name, value in options.items()
+        if name not in (*SUPPORTED, *IGNORED) and not name.startswith("_") and not _is_off(name, value)
+    ]
+
+
+def _is_off(name: str, value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return False
+    return value in (None, False, 0, "", [], {}) or (name in SWITCHED_OFF_BY_ONE and value == 1)
+
+
+def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in one.items()
+        if name in other and not isinstance(value, Tensor) and value == other[name]
+    }
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor
+        number = math.nan
+    if not least <= number <= most:
+        raise ValueError(f"{name}={value!r} must be a number from {least:g} to {most:g}")
+    return number
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= MOST_TOKENS:
+        raise ValueError(f"{name}={value!r} must be a whole number from {least} to {MOST_TOKENS}")
+    return number
 
 
 def _end_ids(eos: Any) -> tuple[int, ...]:
     if eos is None:
         return ()
-    return tuple(torch.as_tensor(eos).flatten().tolist())
+    try:
+        ids = torch.as_tensor(eos).flatten()
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # whatever torch has for what is no tensor
+        ids = None
+    if ids is None or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        raise ValueError(f"eos_token_id={eos!r} must be an id, several, or None")
+    return tuple(ids.tolist())
 
 
 def _new_tokens(options: Mapping[str, Any], prompt_length: int) -> int:
     if options["max_new_tokens"] is not None:
-        if options["max_new_tokens"] < 1:
-            raise ValueError(f"max_new_tokens={options['max_new_tokens']} must be at least 1")
-        return options["max_new_tokens"]
+        return _whole_number("max_new_tokens", options["max_new_tokens"], 1)
     if options["max_length"] is None:
         return DEFAULT_NEW_TOKENS
-    if options["max_length"] <= prompt_length:
-        raise ValueError(f"max_length={options['max_length']} leaves no token after a prompt of {prompt_length}")
-    return options["max_length"] - prompt_length
+    max_length = _whole_number("max_length", options["max_length"], 1)
+    if max_length <= prompt_length:
+        raise ValueError(f"max_length={max_length} leaves no token after a prompt of {prompt_length}")
+    return max_length - prompt_length
 
 
 def _build_warpers(options: Mapping[str, Any]) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
     if options["temperature"] is not None:
-        warpers.append(TemperatureLogitsWarper(float(options["temperature"])))
-    top_k = DEFAULT_TOP_K if options["top_k"] is None else options["top_k"]
+        temperature = _number("temperature", options["temperature"], LEAST_FACTOR, MOST_FACTOR)
+        warpers.append(TemperatureLogitsWarper(temperature))
+    top_k = _whole_number("top_k", DEFAULT_TOP_K if options["top_k"] is None else options["top_k"], 0)
     if top_k != 0:
         warpers.append(TopKLogitsWarper(top_k))
     if options["top_p"] is not None:
-        warpers.append(TopPLogitsWarper(float(options["top_p"])))
+        warpers.append(TopPLogitsWarper(_number("top_p", options["top_p"], 0, 1)))
     return warpers
 
 
 def _build_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[StopStringCriteria, ...]:
     if not stop_strings:
         return ()
+    strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings={stop_strings!r} must be a string or a list of strings, none of them empty")
     if tokenizer is None:
         raise ValueError("stop_strings needs the tokenizer that shows where they end: tokenizer=...")
-    return (StopStringCriteria(tokenizer, stop_strings),)
+    return (StopStringCriteria(tokenizer, list(strings)),)
 
 
 def text_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -376,7 +441,8 @@ class CometGenerationMixin(GenerationMixin):
 
         Args:
             inputs: text ids [batch, tokens], or `input_ids`.
-            generation_config: defaults of the options; otherwise the model's own.
+            generation_config: defaults of the options; otherwise the model's own, of which what is not built here is
+                ignored with a warning.
             logits_processor: called with the ids so far and the logits, before temperature, top_k and top_p.
             stopping_criteria: called with the ids so far; True ends a row.
             attention_mask: 0 at pads, all at the left; the rows of a batch may so differ in length. None: no pads.

@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput
 from .configuration_comet import CometConfig
 from .generation_comet import OFFICIAL, TRAINING, CometGenerationMixin
 
+ATTENTION_BLOCK = 384  # query rows that attend at once behind a mask
 GLOBAL_NORM_EPS = 1.1920929e-07  # torch's default for fp32, in every dtype
 TEMPORARY_NORM_EPS = 1e-12
 NO_LABEL = -100
@@ -61,6 +62,14 @@ class OpenChunk(NamedTuple):
     def slots(self) -> int:
         """Memory slots before the text."""
         return sum(state.shape[1] for state in self.memory[0] if state is not None)
+
+
+class ReadText(NamedTuple):
+    """What came of the text that a chunk gained."""
+
+    text_BSD: Tensor  # normed outputs there, or at its last token [B, 1, D]
+    after: OpenChunk | Memory  # the chunk to go on with; after a text's end that closes, the memory instead
+    tokens: int
 
 
 class Row(IntEnum):
@@ -101,14 +110,13 @@ def plan_rows(
     return rows
 
 
-def build_causal_mask(rows: int, before: int, device: torch.device) -> Tensor | None:
-    """[C, P + C], True where a row may look: at all rows before the new ones and causally among these.
+def build_causal_mask(rows: int, before: int, like: Tensor) -> Tensor:
+    """[C, P + C], 0 where a row may look: at all rows before the new ones and causally among these; else -inf.
 
-    None where no mask is needed: a single row sees everything; without rows before, attention is plainly causal.
+    Added to the scores: attention would make this of a mask of booleans again in every layer.
     """
-    if rows == 1 or before == 0:
-        return None
-    return torch.ones(rows, before + rows, dtype=torch.bool, device=device).tril(before)
+    may_look = torch.ones(rows, before + rows, dtype=torch.bool, device=like.device).tril(before)
+    return torch.zeros_like(may_look, dtype=like.dtype).masked_fill_(~may_look, -torch.inf)
 
 
 def rotary_frequencies(config: CometConfig, device: torch.device) -> Tensor:
@@ -214,24 +222,46 @@ class CometAttention(nn.Module):
         return key_BKCE, self._split_heads(self.v_proj(x_BCD))
 
     def forward(
-        self, x_BCD: Tensor, before: KeyValue | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        x_BCD: Tensor,
+        before: KeyValue | None,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        asking: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        query_BHCE = rotate(self.q_norm(self._split_heads(self.q_proj(x_BCD))), rotary)
+        """Outputs of all rows, or of those in `asking` (ascending, of which `mask` is then), and all keys and values.
+
+        Without a mask rows are plainly causal, after nothing; a single one sees everything.
+        """
         key, value = self.key_value(x_BCD, rotary)
         if before is not None:
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-        if x_BCD.shape[1] == 1:  # it sees all rows, so the query heads of a key head may stand as rows of one head
+        if asking is not None:
+            x_BCD, rotary = x_BCD[:, asking], (rotary[0][asking], rotary[1][asking])
+        query_BHCE = rotate(self.q_norm(self._split_heads(self.q_proj(x_BCD))), rotary)
+        rows = query_BHCE.shape[2]
+        if rows == 1 and mask is None:  # so the query heads of a key head may stand as rows of one head
             query_BKgE = query_BHCE[:, :, 0].unflatten(1, (-1, self.group_size))
             out_BKgE = F.scaled_dot_product_attention(query_BKgE, key, value)
             return self.o_proj(out_BKgE.flatten(1)[:, None]), (key, value)
         # Heads are repeated by hand: with a mask, not every attention kernel can share a key among queries.
-        out_BHCE = F.scaled_dot_product_attention(
-            query_BHCE,
-            key.repeat_interleave(self.group_size, dim=1),
-            value.repeat_interleave(self.group_size, dim=1),
-            attn_mask=mask,
-            is_causal=before is None,
-        )
+        keys, values = (t.repeat_interleave(self.group_size, dim=1) for t in (key, value))
+        if mask is None:
+            out_BHCE = F.scaled_dot_product_attention(query_BHCE, keys, values, is_causal=True)
+        else:  # in blocks, as what is masked is computed, too: no block sees the rows behind it
+            blocks, last = [], keys.shape[2]
+            for begin in range(0, rows, ATTENTION_BLOCK):
+                end = min(begin + ATTENTION_BLOCK, rows)
+                seen = last if asking is not None else last - rows + end
+                blocks.append(
+                    F.scaled_dot_product_attention(
+                        query_BHCE[:, :, begin:end],
+                        keys[:, :, :seen],
+                        values[:, :, :seen],
+                        attn_mask=mask[begin:end, :seen],
+                    )
+                )
+            out_BHCE = torch.cat(blocks, dim=2)
         return self.o_proj(out_BHCE.transpose(1, 2).flatten(2)), (key, value)
 
 
@@ -262,10 +292,16 @@ class BackboneLayer(nn.Module):
         return self.self_attn.key_value(self.input_layernorm(slots_BMD), rotary)
 
     def forward(
-        self, x_BCD: Tensor, before: KeyValue | None, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        x_BCD: Tensor,
+        before: KeyValue | None,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        asking: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        attended_BCD, key_value = self.self_attn(self.input_layernorm(x_BCD), before, rotary, mask)
-        x_BCD = x_BCD + attended_BCD
+        """Outputs of all rows, or of those in `asking`: the others are then keys and values only."""
+        attended_BCD, key_value = self.self_attn(self.input_layernorm(x_BCD), before, rotary, mask, asking)
+        x_BCD = (x_BCD if asking is None else x_BCD[:, asking]) + attended_BCD
         return x_BCD + self.mlp(self.post_attention_layernorm(x_BCD)), key_value
 
 
@@ -344,11 +380,23 @@ class CometModel(CometPreTrainedModel):
         return OpenChunk(0, memory, tuple(keys_values), (None,) * len(self.layers))
 
     def forward_chunk(
-        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool, ends_last_group: bool = True, phase: int = 0
+        self,
+        text_BS: Tensor,
+        chunk: OpenChunk,
+        *,
+        closes: bool,
+        ends_last_group: bool = True,
+        phase: int = 0,
+        only_last: bool = False,
     ) -> tuple[Tensor, OpenChunk | Memory]:
         """Append text, which may be none, to a chunk; its rows as plan_rows lays them.
 
-        Returns: the normed outputs [B, S, D] at the new text, and the grown chunk, or if it closes the memory after it.
+        Args:
+            only_last: of the text, the output at the last token alone is asked for. The last layer then computes
+                keys and values for the rest of it and no more: nothing else of it is read.
+
+        Returns: the normed outputs [B, S, D] at the new text (or [B, 1, D]), and the grown chunk, or if it closes the
+            memory after it.
         """
         rows = plan_rows(
             text_before=chunk.text_tokens,
@@ -369,11 +417,18 @@ class CometModel(CometPreTrainedModel):
         x_BCD = self.embed_tokens(ids_BC)
         before = 0 if chunk.keys_values[0] is None else chunk.keys_values[0][0].shape[2]
         rotary = build_rotary(before, len(rows), self.config, x_BCD.device)
-        mask = build_causal_mask(len(rows), before, x_BCD.device)
+        asking, only_last = None, only_last and len(rows) > 1
+        mask = build_causal_mask(len(rows), before, x_BCD) if len(rows) > 1 and (before or only_last) else None
         keys_values, beacons, memory = [], [], []
         for layer, layer_memory, key_value, beacons_BND in zip(self.layers, *chunk[1:], strict=True):
+            if only_last and layer is self.layers[-1]:
+                asking = torch.cat([at_text[-1:], at_beacons, at_globals]).sort().values
+                at_text, at_beacons, at_globals = (
+                    torch.searchsorted(asking, at) for at in (at_text[-1:], at_beacons, at_globals)
+                )
             if rows:  # none where a chunk closes without any beacon
-                x_BCD, key_value = layer.inner_layer(x_BCD, key_value, rotary, mask)
+                needed = mask[asking] if asking is not None else mask if before else None
+                x_BCD, key_value = layer.inner_layer(x_BCD, key_value, rotary, needed, asking)
             if len(at_beacons):
                 new_BND = x_BCD[:, at_beacons]
                 beacons_BND = new_BND if beacons_BND is None else torch.cat([beacons_BND, new_BND], dim=1)
@@ -389,28 +444,34 @@ class CometModel(CometPreTrainedModel):
         return text_BSD, OpenChunk(text_tokens, chunk.memory, tuple(keys_values), tuple(beacons))
 
     def stream(
-        self, text_BS: Tensor, chunk: OpenChunk, *, closes: bool = False, layout: str = TRAINING
-    ) -> Iterator[tuple[Tensor, OpenChunk | Memory]]:
+        self,
+        text_BS: Tensor,
+        chunk: OpenChunk,
+        *,
+        closes: bool = False,
+        layout: str = TRAINING,
+        only_last: bool = False,
+    ) -> Iterator[ReadText]:
         """Append text of any length: whenever a chunk is full and more text comes, it closes and the next one opens.
 
         Args:
             closes: close the last chunk, too.
             layout: "training", or "official": no closing chunk ends its last group in a beacon.
+            only_last: the outputs at the last new token of each chunk are enough.
 
-        Yields, for every chunk that gains text: the normed outputs [B, S, D] there, and the chunk to go on with; at the
-        end of the text, if `closes`, the memory after it instead.
+        Yields what came of the text in every chunk that gains some.
         """
         while text_BS.shape[1]:
             room = max(self.config.chunk_size - chunk.text_tokens, 0)  # decoding "officially" overfills a chunk
             new_BS, text_BS = text_BS[:, :room], text_BS[:, room:]
             is_end = text_BS.shape[1] == 0
             text_BSD, after = self.forward_chunk(
-                new_BS, chunk, closes=closes or not is_end, ends_last_group=layout != OFFICIAL
+                new_BS, chunk, closes=closes or not is_end, ends_last_group=layout != OFFICIAL, only_last=only_last
             )
             if not is_end:
                 after = chunk = self.open_chunk(after)
             if new_BS.shape[1]:
-                yield text_BSD, after
+                yield ReadText(text_BSD, after, new_BS.shape[1])
 
     def decode(self, token_B: Tensor, chunk: OpenChunk, *, layout: str = TRAINING) -> tuple[Tensor, OpenChunk]:
         """Append one generated token [B] a text.
@@ -424,7 +485,7 @@ class CometModel(CometPreTrainedModel):
         if layout == OFFICIAL:
             text_B1D, after = self.forward_chunk(token_B[:, None], chunk, closes=False, phase=chunk.slots)
         else:
-            ((text_B1D, after),) = self.stream(token_B[:, None], chunk)
+            ((text_B1D, after, _),) = self.stream(token_B[:, None], chunk)
         return text_B1D[:, 0], after
 
 
@@ -476,7 +537,7 @@ class CometForCausalLM(CometPreTrainedModel, CometGenerationMixin):
         targets_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         logits, losses, done = [], [], 0
         chunk = self.model.open_chunk(memory)
-        for text_BSD, after in self.model.stream(input_ids, chunk, closes=return_memory):  # noqa: B007 (used below)
+        for text_BSD, after, _ in self.model.stream(input_ids, chunk, closes=return_memory):  # noqa: B007 (used below)
             if return_logits:
                 logits.append(self.lm_head(text_BSD))
             if targets_BS is not None:

@@ -43,27 +43,44 @@ class CometChat:
             self._messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 
     def say(
-        self, text: str, *, on_progress: Callable[[int, int], None] | None = None, streamer: Any = None, **options: Any
+        self,
+        text: str,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        streamer: Any = None,
+        should_stop: Callable[[], bool] | None = None,
+        **options: Any,
     ) -> str:
         """The user's turn, then the model's.
 
         Args:
             on_progress: as in the session's `feed`.
             streamer, options: as in the session's `generate`.
+            should_stop: as in both. A turn that is cut stays in the session as far as it was read or written; the
+                next one ends it.
 
         Returns: the reply, without special tokens.
 
         Raises:
             ConfigError: the template cannot be rendered, or does not show the replies; the options do not fit.
-            DataError: the text holds a token of the model's memory.
+            DataError: the text holds a token of the model's memory, or is no UTF-8.
+            After either, the session is as it was before.
         """
         turn = {"role": "user", "content": text}
         ids = self._ids_of_turn(turn)
-        if ids:
-            self.session.feed(ids, on_progress=on_progress)
-        reply = self.session.generate(tokenizer=self.tokenizer, streamer=streamer, **options)
-        said = self.tokenizer.decode(reply, skip_special_tokens=True)
-        self._messages += [turn, {"role": "assistant", "content": said}]
+        self.session.check_options(tokenizer=self.tokenizer, **options)
+        fed_before, said = self.session.tokens_fed, ""
+        try:
+            if ids:
+                self.session.feed(ids, on_progress=on_progress, should_stop=should_stop)
+            if should_stop is None or not should_stop():
+                reply = self.session.generate(
+                    tokenizer=self.tokenizer, streamer=streamer, should_stop=should_stop, **options
+                )
+                said = self.tokenizer.decode(reply, skip_special_tokens=True)
+        finally:  # whatever ends it: a turn that the session holds has to be ended by the next one
+            if said or self.session.tokens_fed > fed_before:
+                self._messages += [turn, {"role": "assistant", "content": said}]
         return said
 
     def _ids_of_turn(self, turn: dict[str, str]) -> list[int]:

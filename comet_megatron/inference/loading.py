@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from comet_megatron.data.tokenizer import load_tokenizer
+from comet_megatron.data.tokenizer import check_has_ids, load_tokenizer
 from comet_megatron.errors import CheckpointError
-from comet_megatron.inference.text import check_tokenizer
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORT_AGAIN = "export it again: python tools/convert_to_hf.py --checkpoint DIR --output DIR"
@@ -47,5 +46,5 @@ def load_model(folder: Path, *, dtype: str = "auto") -> tuple[Any, Any]:
             where=str(folder),
             way_out="import it first: python tools/convert_from_hf.py --hf DIR --output DIR",
         )
-    check_tokenizer(tokenizer, model.config, where=str(folder))
+    check_has_ids(tokenizer, model.config.memory_token_ids, where=str(folder))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comet_megatron.errors import CheckpointError, ConfigError, DataError
-from comet_megatron.hf.generation_comet import TRAINING, OpenText, resolve_options, write_tokens
+from comet_megatron.hf.generation_comet import TRAINING, GenerationOptions, OpenText, resolve_options, write_tokens
 from comet_megatron.hf.modeling_comet import LayerMemory, OpenChunk
 from comet_megatron.inference.session_file import (
     describe_model,
@@ -33,7 +33,7 @@ class CometSession:
         seed: of the session's own generator of draws, which is saved with it; None: another one each time.
 
     Raises:
-        ConfigError: there is no such layout.
+        ConfigError: there is no such layout, or no such seed.
         CheckpointError: the model is no CoMeT model, or one of an earlier version of the code.
     """
 
@@ -48,7 +48,12 @@ class CometSession:
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(seed)
+            try:
+                self.generator.manual_seed(seed)
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # torch's, by the kind of number
+                raise ConfigError(
+                    f"seed={seed!r} is none", way_out="give a whole number from 0 to 2**63 - 1"
+                ) from error
         self._begin(generation_layout)
 
     def _begin(self, generation_layout: str) -> None:
@@ -82,6 +87,7 @@ class CometSession:
         *,
         return_logits: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Tensor | None:
         """Append text.
 
@@ -89,17 +95,18 @@ class CometSession:
             ids: text ids, a sequence or a tensor [tokens] or [1, tokens].
             return_logits: also compute the logits of every fed token; without it the head does not run.
             on_progress: called after every chunk with the tokens of this call that are read, and all of them.
+            should_stop: asked after every chunk; True: the rest is not read.
 
-        Returns: [tokens, vocabulary] logits if asked for.
+        Returns: [tokens, vocabulary] logits of what was read, if asked for.
 
         Raises:
             DataError: no ids, ids beyond the vocabulary, or beacons, which are no text; nothing is fed then.
         """
         text_1S = self._check_ids(ids)
         logits, done = [], 0
-        for text_1SD in self._text.read(text_1S):
-            new = text_1S[0, done : done + text_1SD.shape[1]]
-            done += len(new)
+        for text_1SD, tokens in self._text.read(text_1S, only_last=not return_logits):
+            new = text_1S[0, done : done + tokens]
+            done += tokens
             self._seen_V[new] = True
             self.tokens_fed += len(new)
             self.last_id = int(new[-1])
@@ -107,11 +114,19 @@ class CometSession:
                 logits.append(self.model.lm_head(text_1SD[0]))
             if on_progress is not None:
                 on_progress(done, text_1S.shape[1])
+            if should_stop is not None and should_stop():
+                break
         return torch.cat(logits) if return_logits else None
 
     @torch.no_grad()
     def generate(
-        self, max_new_tokens: int | None = None, *, streamer: Any = None, tokenizer: Any = None, **options: Any
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        should_stop: Callable[[], bool] | None = None,
+        **options: Any,
     ) -> list[int]:
         """Let the model go on.
 
@@ -119,6 +134,7 @@ class CometSession:
             max_new_tokens: text tokens at most; None: as the model's generation config says, or 20.
             streamer: `put` receives an empty prompt, then every new token; then `end`.
             tokenizer: that of `stop_strings`, which are looked for in the new tokens.
+            should_stop: asked after every token; True: no more are written.
             options: as the model's `generate` takes them (do_sample, temperature, top_k, top_p, repetition_penalty,
                 eos_token_id, stop_strings, generation_config); draws come from the session's generator.
 
@@ -130,12 +146,7 @@ class CometSession:
         """
         if self.last_id is None:
             raise DataError("there is no text to continue", way_out="feed at least one token first")
-        given = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
-        config = given.pop("generation_config", None)
-        try:
-            wanted = resolve_options(self.model, config, given, tokenizer=tokenizer)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        wanted = self._resolve(max_new_tokens, tokenizer, options)
         ids_1S = torch.zeros(1, wanted.new_tokens, dtype=torch.long, device=self.model.device)
         new: list[int] = []
         if streamer is not None:
@@ -155,9 +166,27 @@ class CometSession:
             new.append(self.last_id)
             if streamer is not None:
                 streamer.put(token_1.cpu())
+            if should_stop is not None and should_stop():
+                break
         if streamer is not None:
             streamer.end()
         return new
+
+    def check_options(self, max_new_tokens: int | None = None, *, tokenizer: Any = None, **options: Any) -> None:
+        """Refuse what `generate` would refuse, before a long text is fed.
+
+        Raises:
+            ConfigError: the options do not fit.
+        """
+        self._resolve(max_new_tokens, tokenizer, options)
+
+    def _resolve(self, max_new_tokens: int | None, tokenizer: Any, options: dict[str, Any]) -> GenerationOptions:
+        given = {**options} if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+        config = given.pop("generation_config", None)
+        try:
+            return resolve_options(self.model, config, given, tokenizer=tokenizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, which appears complete or not at all and replaces an older session.
@@ -195,12 +224,16 @@ class CometSession:
 
     def _check_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
         """[1, tokens], on the model's device."""
-        text = torch.as_tensor(ids)
+        try:
+            text = torch.as_tensor(ids)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # torch's, by what it is
+            raise DataError(f"these are no ids: {error}", way_out="give integers, or a tensor of them") from error
         text = text[0] if text.ndim == 2 and len(text) == 1 else text
         if text.ndim != 1 or text.numel() == 0:
             raise DataError(f"ids of shape {tuple(text.shape)} are no text", way_out="give at least one id, in one row")
-        if text.is_floating_point() or text.dtype == torch.bool:
+        if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
             raise DataError(f"ids of dtype {text.dtype} are no text", way_out="give integers")
+        text = text.long()  # a narrow dtype cannot be compared with all ids
         config = self.model.config
         if (wrong := text[(text < 0) | (text >= config.vocab_size)]).numel():
             raise DataError(
@@ -212,7 +245,7 @@ class CometSession:
                 f"id {int(wrong[0])} is a beacon or the placeholder of the model's memory, which are no text",
                 way_out="feed text alone; the model lays its beacons itself",
             )
-        return text.to(self.model.device, torch.long)[None]
+        return text.to(self.model.device)[None]
 
     def _tensors(self) -> dict[str, Tensor]:
         """The state by name; what is not there yet is left out."""

@@ -62,7 +62,8 @@ def refuse_other_model(path: str | Path, header: Mapping[str, Any], model: Any) 
     Raises:
         CheckpointError: says what differs.
     """
-    was, now = header.get("model", {}), describe_model(model)
+    was, now = header.get("model"), describe_model(model)
+    was = was if isinstance(was, dict) else {}
     different = [
         f"{name} {was.get(name)}, here {now[name]}" for name in (*MODEL_SIZES, "dtype") if was.get(name) != now[name]
     ]
@@ -154,11 +155,17 @@ def read_session_header(path: str | Path) -> dict[str, Any]:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise CheckpointError(
+            "this is a folder, no session file", where=str(path), way_out="give a file that --save-session wrote"
+        )
     if not path.is_file():
         raise CheckpointError("the session file does not exist", where=str(path))
     try:
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {})[HEADER_KEY])
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
             "the file is damaged, or no session", where=str(path), way_out="give a file that --save-session wrote"

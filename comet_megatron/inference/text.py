@@ -4,24 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comet_megatron.errors import CheckpointError, DataError
-
-
-def check_tokenizer(tokenizer: Any, config: Any, *, where: str = "") -> None:
-    """Refuse a tokenizer that does not know the model's beacons as tokens of their own.
-
-    Raises:
-        CheckpointError: names the ids.
-    """
-    added = set(tokenizer.get_added_vocab().values())
-    unknown = [i for i in config.memory_token_ids if i not in added]
-    if unknown:
-        raise CheckpointError(
-            f"the tokenizer lacks the beacon tokens: {len(tokenizer)} tokens, and none of its added ones has the ids "
-            f"{', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}",
-            where=where,
-            way_out="use the tokenizer that tools/convert_to_hf.py wrote next to the model",
-        )
+from comet_megatron.errors import DataError
 
 
 def encode_text(tokenizer: Any, text: str, config: Any, *, add_special_tokens: bool) -> list[int]:
@@ -31,8 +14,15 @@ def encode_text(tokenizer: Any, text: str, config: Any, *, add_special_tokens: b
         add_special_tokens: with the tokens that the tokenizer puts around a text, such as one at its beginning.
 
     Raises:
-        DataError: the text holds a token of the model's memory.
+        DataError: the text holds a token of the model's memory, or a byte that was no UTF-8.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half a pair of surrogates, as Python keeps bytes that it cannot read
+        raise DataError(
+            f"the text is no UTF-8: character {error.start + 1} is {ascii(text[error.start])}",
+            way_out="give it in UTF-8",
+        ) from error
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     found = set(config.memory_token_ids).intersection(ids)
     if found:

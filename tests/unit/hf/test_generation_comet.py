@@ -1,6 +1,9 @@
 """`generate` as users of transformers know it: golden generations, batches, options, stops, pipeline, refusals."""
 
+import copy
 import json
+import math
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -283,12 +286,69 @@ class TestOptions:
             ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
             ({"stop_strings": "x"}, "tokenizer"),
             ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+            ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
+            ({"do_sample": True, "temperature": math.inf}, "temperature=inf must be a number from 1e-15 to 1e\\+15"),
+            ({"do_sample": True, "temperature": math.nan}, "temperature=nan"),
+            ({"do_sample": True, "temperature": 1e-45}, "temperature=1e-45"),
+            ({"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
+            ({"do_sample": True, "temperature": [1]}, r"temperature=\[1\]"),
+            ({"do_sample": True, "top_p": 2}, "top_p=2"),
+            ({"do_sample": True, "top_k": -1}, "top_k=-1"),
+            ({"do_sample": True, "top_k": 2.5}, "top_k=2.5"),
+            ({"max_new_tokens": "5"}, "max_new_tokens='5' must be a whole number from 1"),
+            ({"max_new_tokens": 10**20}, "max_new_tokens=1"),
+            ({"max_length": 7.5}, "max_length=7.5"),
+            ({"eos_token_id": "x"}, "eos_token_id='x' must be an id, several, or None"),
+            ({"eos_token_id": [1.5]}, "eos_token_id"),
+            ({"eos_token_id": 2**70}, "eos_token_id"),
+            ({"pad_token_id": "x"}, "pad_token_id='x'"),
+            ({"stop_strings": ["x", 5]}, "stop_strings=.* must be a string or a list of strings"),
+            ({"generation_config": {"max_new_tokens": 3}}, "must be a GenerationConfig"),
             ({"generation_layout": "other"}, "generation_layout='other' must be one of training, official"),
         ],
     )
     def test_what_is_not_built_is_refused_by_name(self, options, named):
         with pytest.raises(ValueError, match=named):
             build_model().generate(random_text(5), **options)
+
+    @pytest.mark.parametrize("extreme", [1e-15, 1e15])
+    def test_the_most_extreme_factors_still_draw(self, extreme):
+        for penalty in (1e-15, 1e15):
+            options = {"do_sample": True, "temperature": extreme, "repetition_penalty": penalty, "top_k": 0}
+            out = build_model().generate(random_text(5), max_new_tokens=9, **options)
+            assert not torch.isin(out, torch.tensor([80, 81, 82, 83])).any()
+
+    def test_options_may_be_tensors_of_one_number(self):
+        model, text = build_model(), random_text(5)
+        end = model.generate(text, max_new_tokens=4)[0, -1]
+        options = {"max_new_tokens": torch.tensor(9), "eos_token_id": end[None]}
+        assert model.generate(text, **options).equal(model.generate(text, max_new_tokens=9, eos_token_id=int(end)))
+
+    def test_what_the_models_own_config_asks_for_and_is_not_built_is_ignored_with_one_warning(self, tmp_path):
+        want = build_model().generate(random_text(5), max_new_tokens=9)
+        build_model().save_pretrained(tmp_path)
+        own = {"min_p": 0.25, "num_beams": 3, "max_new_tokens": 9, "suppress_tokens": [1]}
+        (tmp_path / "generation_config.json").write_text(json.dumps(own))
+        model = CometForCausalLM.from_pretrained(tmp_path).eval()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                assert model.generate(random_text(5)).equal(want)
+        (message,) = [str(w.message) for w in warned if "generation config" in str(w.message)]
+        assert message.startswith("the model's generation config asks for ") and message.endswith("support: ignored")
+        for named in ("min_p=0.25", "num_beams=3", "suppress_tokens=[1]"):
+            assert named in message
+
+    def test_what_the_call_gives_is_refused_also_where_the_models_own_config_asks_for_it(self):
+        model = build_model()
+        model.generation_config = GenerationConfig(min_p=0.25)
+        copied = copy.deepcopy(model.generation_config)  # as a pipeline passes it
+        copied.max_new_tokens = 3
+        with pytest.warns(UserWarning, match="min_p=0.25"):
+            assert model.generate(random_text(5), generation_config=copied).shape == (1, 8)
+        for given in ({"min_p": 0.25}, {"generation_config": GenerationConfig(min_p=0.5)}):
+            with pytest.raises(ValueError, match="does not support min_p=0"):
+                model.generate(random_text(5), **given)
 
     def test_neutral_values_of_what_is_not_built_pass(self):
         model, text = build_model(), random_text(5)
@@ -345,6 +405,8 @@ class TestWithATokenizer:
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             want.append(tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True))
         alone = write(prompts, max_new_tokens=12, do_sample=False)
+        model.generation_config.min_p = 0.25  # of a backbone's own generation config
+        write = pipeline("text-generation", model=model, tokenizer=tokenizer)
         batched = write(prompts, max_new_tokens=12, do_sample=False, batch_size=2)
         assert [one["generated_text"] for (one,) in alone] == want
         assert [one["generated_text"] for (one,) in batched] == want

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -112,7 +113,12 @@ class TestForward:
     def test_a_text_shorter_than_a_chunk_is_the_backbone_alone(self, family, switch, tied):
         kind, given, ours = FAMILIES[family]
         torch.manual_seed(0)
-        backbone = AutoModelForCausalLM.from_config(kind(**{**BACKBONE, "tie_word_embeddings": tied, **given})).eval()
+        if "rope_parameters" in given and transformers.__version__.startswith("4."):  # it knows them as two keys
+            scaling = {**given["rope_parameters"]}
+            theirs = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+        else:
+            theirs = given
+        backbone = AutoModelForCausalLM.from_config(kind(**{**BACKBONE, "tie_word_embeddings": tied, **theirs})).eval()
         for name, parameter in backbone.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter)
@@ -272,7 +278,7 @@ class TestGenerate:
         model = build_model()
         chunk, longest = model.model.open_chunk(), 0
         for token in random_text(60)[0]:
-            ((_, chunk),) = model.model.stream(token[None, None], chunk)
+            ((_, chunk, _),) = model.model.stream(token[None, None], chunk)
             longest = max(longest, chunk.keys_values[0][0].shape[2])
         assert longest == 2 + 4 + 7 + 2  # global and temporary slots, text, beacons but the last
 
@@ -400,6 +406,11 @@ class TestConfig:
         config.save_pretrained(tmp_path)
         loaded = CometConfig.from_pretrained(tmp_path)
         assert config.rope_theta == loaded.rope_theta == loaded.to_dict()["rope_theta"] == 5e5
+
+    def test_rope_theta_that_is_not_given_is_that_of_transformers(self):
+        plain = Qwen3Config(**BACKBONE).to_dict()
+        theirs = plain.get("rope_theta") or plain["rope_parameters"]["rope_theta"]
+        assert CometConfig(**BACKBONE).rope_theta == CometConfig(**plain, chunk_size=7).rope_theta == theirs == 1e4
 
     @every_switch
     def test_every_key_survives_a_round_trip(self, switch, tmp_path):

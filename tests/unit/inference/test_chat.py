@@ -7,11 +7,12 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from comet_megatron.data.tokenizer import check_has_ids
 from comet_megatron.errors import CheckpointError, ConfigError, DataError
 from comet_megatron.hf.configuration_comet import CometConfig
 from comet_megatron.hf.modeling_comet import CometForCausalLM
 from comet_megatron.inference import CometChat, CometSession
-from comet_megatron.inference.text import check_tokenizer, encode_text
+from comet_megatron.inference.text import encode_text
 
 TOKENIZER = Path(__file__).parents[3] / "tokenizers" / "python_stdlib_4k"
 END = "<|endoftext|>"
@@ -177,12 +178,64 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(tokenizer, model):
     assert session.tokens_fed == fed and chat.say("two", max_new_tokens=4) is not None
 
 
+def test_options_that_do_not_fit_are_refused_before_the_turn_is_read(tokenizer, model):
+    session = CometSession(model)
+    chat = CometChat(session, tokenizer, chat_template=PLAIN)
+    with pytest.raises(ConfigError, match="num_beams=2"):
+        chat.say("one", num_beams=2)
+    assert session.tokens_fed == 0
+    again = CometChat(CometSession(model), tokenizer, chat_template=PLAIN)
+    assert chat.say("one", max_new_tokens=6) == again.say("one", max_new_tokens=6)
+
+
+@pytest.mark.parametrize("stops_after", [1, 2, 4, 7])
+def test_a_turn_that_is_cut_while_read_or_written_is_ended_by_the_next_one(tokenizer, model, stops_after):
+    session, asked = CometSession(model), []
+    fed = []
+    feed = session.feed
+    session.feed = lambda ids, **options: fed.append(ids) or feed(ids, **options)
+    chat = CometChat(session, tokenizer, chat_template=PLAIN)
+    cut = chat.say("x = 1\n" * 8, max_new_tokens=10, should_stop=lambda: asked.append(1) or len(asked) >= stops_after)
+    assert (session.tokens_generated == 0) == (cut == "") and session.tokens_generated < 10
+    assert session.tokens_fed == min(16 * stops_after, len(fed[0])) and session.tokens_fed > 0
+    chat.say("two", max_new_tokens=4)
+    assert tokenizer.decode(fed[1]) == f"{END}\n[user]two{END}\n[assistant]"
+
+
+def test_a_turn_that_breaks_off_in_the_middle_is_ended_by_the_next_one(tokenizer, model):
+    def break_off(**options):
+        raise KeyboardInterrupt
+
+    session = Listener(model, [])
+    session.generate = break_off
+    chat = CometChat(session, tokenizer, chat_template=PLAIN)
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("one")
+    heard = len(session.heard)
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("two")
+    assert tokenizer.decode(session.heard[heard:]) == f"{END}\n[user]two{END}\n[assistant]"
+
+
+def test_text_that_is_no_utf8_is_refused(tokenizer, model):
+    for text, place in (("a\udcff", "character 2 is '\\\\udcff'"), ("\ud83d", "character 1")):
+        with pytest.raises(DataError, match=f"the text is no UTF-8: {place}"):
+            encode_text(tokenizer, text, model.config, add_special_tokens=False)
+    assert encode_text(tokenizer, "\U0001f600", model.config, add_special_tokens=False)
+
+
 def test_a_tokenizer_without_the_beacons_is_refused_by_their_ids(tokenizer, model):
-    check_tokenizer(tokenizer, model.config)
+    ids = model.config.memory_token_ids
+    check_has_ids(tokenizer, ids, where="")
+    check_has_ids(tokenizer, [5], where="")  # any entry of the vocabulary: some backbones reserve some
     plain = AutoTokenizer.from_pretrained(TOKENIZER)
-    with pytest.raises(CheckpointError, match="lacks the beacon tokens: 4096 tokens.*4096, 4097, 4098, 4099"):
-        check_tokenizer(plain, model.config)
+    with pytest.raises(
+        CheckpointError, match=r"lacks the beacon tokens: it has 4096 ids, and not 4096, .*, 4099 \(x\)"
+    ):
+        check_has_ids(plain, ids, where="x")
+    with pytest.raises(CheckpointError, match=r"and not 4096, 4097, 4098, 4099, 4100, \.\.\. \(x\)"):
+        check_has_ids(plain, range(4090, 4110), where="x")
     plain.add_tokens(["<|memory|>", "<beacon_0>"])
-    with pytest.raises(CheckpointError, match="ids 4098, 4099"):
-        check_tokenizer(plain, model.config)
+    with pytest.raises(CheckpointError, match="it has 4098 ids, and not 4098, 4099"):
+        check_has_ids(plain, ids, where="")
     assert encode_text(tokenizer, "x <b", model.config, add_special_tokens=True) == ids_of(tokenizer, "x <b")

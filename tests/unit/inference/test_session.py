@@ -1,6 +1,7 @@
 """A session: pieces equal the whole, constant memory, tomorrow equals today, refusals; golden generations."""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from comet_megatron.errors import CheckpointError, ConfigError, DataError, OutputError
 from comet_megatron.hf.configuration_comet import CometConfig
@@ -251,13 +253,47 @@ class TestGenerate:
             ({"max_new_tokens": 0}, "max_new_tokens=0"),
             ({"max_new_tokens": 3, "num_beams": 2}, "num_beams=2"),
             ({"max_new_tokens": 3, "top_p": 0.5}, "do_sample=True"),
+            ({"max_new_tokens": "5"}, "max_new_tokens='5' must be a whole number from 1"),
+            ({"max_new_tokens": 3, "eos_token_id": "x"}, "eos_token_id='x' must be an id, several, or None"),
+            ({"do_sample": True, "temperature": math.inf}, "temperature=inf"),
         ],
     )
-    def test_options_that_do_not_fit_are_a_configuration_error(self, options, named):
+    def test_options_that_do_not_fit_are_a_configuration_error_before_anything_is_fed_too(self, options, named):
         session = CometSession(build_model())
+        with pytest.raises(ConfigError, match=named):
+            session.check_options(**options)
         session.feed(random_text(5))
         with pytest.raises(ConfigError, match=named):
             session.generate(**options)
+        assert session.tokens_generated == 0
+
+    def test_checked_options_change_nothing(self):
+        sessions = [CometSession(build_model(), seed=1), CometSession(build_model(), seed=1)]
+        options = {"do_sample": True, "generation_config": GenerationConfig(temperature=1.3)}
+        sessions[0].check_options(9, **options)
+        for session in sessions:
+            session.feed(random_text(9))
+        assert sessions[0].generate(9, **options) == sessions[1].generate(9, **options)
+
+    @pytest.mark.parametrize("seed", [2**70, "x", 1.5])
+    def test_a_seed_that_is_none_is_refused(self, seed):
+        with pytest.raises(ConfigError, match=f"seed={seed!r} is none"):
+            CometSession(build_model(), seed=seed)
+
+    def test_it_stops_where_it_is_told_to_and_goes_on_from_there(self):
+        model, text = build_model(), random_text(30)
+        whole, session, asked = CometSession(model), CometSession(model), []
+
+        def every_third():
+            asked.append(1)
+            return len(asked) % 3 == 0
+
+        assert session.feed(text, return_logits=True, should_stop=every_third).shape[0] == 21 == session.tokens_fed
+        session.feed(text[21:], should_stop=lambda: False)
+        whole.feed(text)
+        asked.clear()
+        assert session.generate(9, should_stop=every_third) + session.generate(6) == whole.generate(9)
+        assert session.tokens_generated == 9
 
 
 class TestRefusals:
@@ -271,6 +307,13 @@ class TestRefusals:
             ([-1], "id -1 is beyond"),
             ([1, 82], "id 82 is a beacon or the placeholder"),
             ([80], "id 80 is a beacon or the placeholder"),
+            (None, "these are no ids"),
+            (["a"], "these are no ids"),
+            ("abc", "these are no ids"),
+            ([2**70], "these are no ids"),
+            (5, r"shape \(\)"),
+            (torch.ones(2, dtype=torch.complex64), "dtype"),
+            (torch.tensor([1, 200], dtype=torch.uint8), "id 200 is beyond"),
         ],
     )
     def test_what_is_no_text_is_refused_and_nothing_is_fed(self, ids, named):
@@ -378,7 +421,7 @@ class TestFile:
         ("other", "named"),
         [
             ({"temp_mem_budget": 5}, "temp_mem_budget 4, here 5"),
-            ({"rope_theta": 5e5}, "rope_theta 1000000.0, here 500000.0"),
+            ({"rope_theta": 5e5}, "rope_theta 10000.0, here 500000.0"),
             ({"seed": 1}, "the sizes agree, the weights do not"),
         ],
     )
@@ -406,6 +449,12 @@ class TestFile:
         model = build_model()
         with pytest.raises(CheckpointError, match="does not exist"):
             CometSession.load(tmp_path / "none", model)
+        with pytest.raises(CheckpointError, match="this is a folder, no session file"):
+            CometSession.load(tmp_path, model)
+        for header in ("[]", "5", "null", "not json"):
+            save_file({"x": torch.ones(1)}, tmp_path / "h", metadata={"comet_session": header})
+            with pytest.raises(CheckpointError, match="damaged, or no session"):
+                CometSession.load(tmp_path / "h", model)
         (tmp_path / "text").write_text("x" * 100)
         with pytest.raises(CheckpointError, match="damaged, or no session"):
             CometSession.load(tmp_path / "text", model)
@@ -416,6 +465,10 @@ class TestFile:
         )
         with pytest.raises(CheckpointError, match="lacks a part: 'last_id'"):
             CometSession.load(tmp_path / "v", model)
+        whose = {k: v for k, v in header.items() if k != "sha256"}
+        session_file.write_session_file(tmp_path / "m", {**whose, "model": []}, tensors)
+        with pytest.raises(CheckpointError, match="of another model: vocab_size None, here 96"):
+            CometSession.load(tmp_path / "m", model)
         save_file(tensors, tmp_path / "v", metadata={"comet_session": json.dumps({**header, "version": 9})})
         with pytest.raises(CheckpointError, match="version 9, this code reads 1"):
             CometSession.load(tmp_path / "v", model)
