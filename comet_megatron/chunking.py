@@ -11,6 +11,7 @@ a sequence, beacons that no text row sees are dead and left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,22 +93,33 @@ class ChunkPlan:
         return ids
 
 
-def plan_chunks(num_tokens: int, sizes: MemorySizes, *, keep_last_memory: bool = False) -> tuple[ChunkPlan, ...]:
+def plan_chunks(
+    num_tokens: int,
+    sizes: MemorySizes,
+    *,
+    keep_last_memory: bool = False,
+    lengths: Sequence[int] | None = None,
+    stride: int | None = None,
+) -> tuple[ChunkPlan, ...]:
     """Cut a sequence of `num_tokens` text tokens into chunks of `sizes.chunk_size`, the last one ragged.
 
     Args:
         keep_last_memory: the last chunk writes memory too (the memory after the sequence is asked for).
+        lengths: text tokens of each chunk instead; as many as there are, or more, of which the first are taken.
+        stride: text tokens per beacon instead of the model's.
     """
     chunks: list[ChunkPlan] = []
-    temporary_slots = 0
-    for index, start in enumerate(range(0, num_tokens, sizes.chunk_size)):
-        end = min(start + sizes.chunk_size, num_tokens)
+    temporary_slots = start = 0
+    for index in range(num_tokens):
+        if start == num_tokens:
+            break
+        end = min(start + (sizes.chunk_size if lengths is None else lengths[index]), num_tokens)
         writes_memory = end < num_tokens or keep_last_memory
         chunk = ChunkPlan(
             index=index,
             text_start=start,
             text_end=end,
-            stride=sizes.stride,
+            stride=sizes.stride if stride is None else stride,
             num_global_beacons=sizes.global_slots if writes_memory else 0,
             writes_memory=writes_memory,
             global_slots=sizes.global_slots if index else 0,
@@ -115,6 +127,7 @@ def plan_chunks(num_tokens: int, sizes: MemorySizes, *, keep_last_memory: bool =
         )
         chunks.append(chunk)
         temporary_slots = min(sizes.budget, temporary_slots + chunk.num_beacons) if sizes.stride > 0 else 0
+        start = end
     return tuple(chunks)
 
 

@@ -72,16 +72,21 @@ class Microbatch:
         token_ids: [b, tokens], text ids.
         labels: [b, tokens], next-token labels (chunking.next_token_labels).
         sizes: of the model's memory.
+        chunk_lengths: text tokens of each chunk; None: full chunks.
+        stride: text tokens per beacon; None: the model's.
     """
 
     token_ids: np.ndarray
     labels: np.ndarray
     sizes: MemorySizes
+    chunk_lengths: tuple[int, ...] | None = None
+    stride: int | None = None
 
     @cached_property
     def plans(self) -> tuple[ChunkPlan, ...]:
         """Its chunks, up to the last label of any of its sequences."""
-        return plan_chunks(max(live_tokens(row) for row in self.labels), self.sizes)
+        live = max(live_tokens(row) for row in self.labels)
+        return plan_chunks(live, self.sizes, lengths=self.chunk_lengths, stride=self.stride)
 
     @cached_property
     def num_labels(self) -> tuple[int, ...]:
@@ -140,9 +145,16 @@ class Executor:
         """Losses are computed in this process."""
         return self.num_stages - 1 in self.stages
 
-    def microbatch(self, token_ids: np.ndarray, labels: np.ndarray) -> Microbatch:
-        """[b, tokens] each, as a microbatch of this model."""
-        return Microbatch(token_ids, labels, self.memory_sizes)
+    def microbatch(
+        self,
+        token_ids: np.ndarray,
+        labels: np.ndarray,
+        *,
+        chunk_lengths: tuple[int, ...] | None = None,
+        stride: int | None = None,
+    ) -> Microbatch:
+        """[b, tokens] each, as a microbatch of this model; see Microbatch for the rest."""
+        return Microbatch(token_ids, labels, self.memory_sizes, chunk_lengths, stride)
 
     def train(
         self,
