@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTED := comet_megatron tools tests benchmarks examples setup.py
 
-.PHONY: demo test test-slow test-compat check lint format benchmark clean help
+.PHONY: demo test test-slow test-faults test-compat check lint format benchmark clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,10 +20,13 @@ demo: $(READY)  ## fine-tune a small CoMeT on this machine's Python sources, exp
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(READY)  ## all tests but the slow ones, on CPU with gloo
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not faults and not gpu"
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not faults and not gpu"
+
+test-faults: $(READY)  ## kills, signals, full disks and flipped bytes, the long ones too
+	$(BIN)/python -m pytest tests/faults tests/distributed/test_checkpoint_state.py -m "not gpu"
 
 # A second environment, with transformers 4 and nothing of ours, loads what this one exports.
 COMPAT := $(VENV)-transformers4

@@ -29,7 +29,9 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # what Megatron-Core 0.16 names in its own metadata
     "s3": ["fsspec[s3]>=2024.2"],  # shards on object stores
+    "zst": ["zstandard>=0.22"],  # .jsonl.zst as input of prepare_data
     "dev": [
+        "zstandard>=0.22",  # its tests
         "pytest>=8",  # tests
         "pytest-timeout>=2.3",  # a test that hangs must fail
         "hypothesis>=6.100",  # properties of the pure parts

@@ -2,15 +2,19 @@
 
 FOLDER/
   model.json      architecture, memory sizes, the Hugging Face config it came from
-  progress.json   of a training run: steps done, text tokens seen
+  progress.json   of a training run: steps done, and what else the next step depends on
+  config.yaml     of a training run: every setting, defaults too
+  saved_with.json versions of the libraries, and the layout
   tokenizer/      loads with AutoTokenizer
   weights/        Megatron's sharded checkpoint: weights, and the optimizer's state after training
-  complete        written last: without it the folder is not a checkpoint
+  checksums.json  size and CRC-32 of every file above
+  complete        written last, the sum of checksums.json: without it the folder is not a checkpoint
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,10 @@ from comet_megatron import __version__
 from comet_megatron.config.schema import Architecture, MemorySizes, from_dict, to_dict
 from comet_megatron.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of model.json and saved_with.json
+PROGRESS_VERSION = 2  # 1 had no skipped steps
+SAVED_WITH = "saved_with.json"
+CONFIG = "config.yaml"
 COMPLETE = "complete"
 WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
@@ -50,6 +57,8 @@ class Progress:
         step: optimizer steps done; with what follows it says which samples come next.
         data_fingerprint, data_seed, global_batch_size: of the samples' order.
         trainable, zero1: of the optimizer's state.
+        skipped: steps of these that changed nothing; skipped_in_a_row: the last ones.
+        recent_norms: of the gradients of the last steps that were not skipped, oldest first.
     """
 
     step: int
@@ -58,6 +67,22 @@ class Progress:
     global_batch_size: int
     trainable: str
     zero1: bool
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent_norms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SavedWith:
+    """What wrote a checkpoint; nothing depends on it.
+
+    Attributes:
+        versions: by library.
+        layout: sizes of the parallel axes.
+    """
+
+    versions: dict[str, str]
+    layout: dict[str, int]
 
 
 def write_description(folder: Path, description: ModelDescription) -> None:
@@ -68,8 +93,27 @@ def write_description(folder: Path, description: ModelDescription) -> None:
 
 def write_progress(folder: Path, progress: Progress) -> None:
     """Write progress.json."""
-    content = {"format_version": FORMAT_VERSION, **to_dict(progress)}
+    content = {"format_version": PROGRESS_VERSION, **to_dict(progress)}
     (folder / "progress.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_saved_with(folder: Path, saved_with: SavedWith) -> None:
+    """Write saved_with.json."""
+    content = {"format_version": FORMAT_VERSION, **to_dict(saved_with)}
+    (folder / SAVED_WITH).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_saved_with(folder: Path) -> SavedWith | None:
+    """Read saved_with.json; None for a checkpoint that was written before it was kept."""
+    path = folder / SAVED_WITH
+    if not path.exists():
+        return None
+    content = _read_json(path, versions=(FORMAT_VERSION,))
+    content.pop("format_version")
+    try:
+        return from_dict(SavedWith, content)
+    except TypeError as error:
+        raise CheckpointError(f"the versions are damaged: {error}", where=str(path)) from error
 
 
 def check_is_complete(folder: Path) -> None:
@@ -102,7 +146,7 @@ def read_description(folder: Path) -> ModelDescription:
         CheckpointError: see `check_is_complete`; or model.json is damaged or of another version.
     """
     check_is_complete(folder)
-    content = _read_json(folder / "model.json")
+    content = _read_json(folder / "model.json", versions=(FORMAT_VERSION,))
     try:
         return ModelDescription(
             architecture=from_dict(Architecture, content["architecture"]),
@@ -118,11 +162,11 @@ def read_description(folder: Path) -> ModelDescription:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read progress.json of a training run's checkpoint."""
+    """Read progress.json of a training run's checkpoint; one of version 1 had skipped nothing."""
     path = folder / "progress.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is a starting checkpoint, not one of a training run", way_out="omit --resume")
-    content = _read_json(path)
+    content = _read_json(path, versions=range(1, PROGRESS_VERSION + 1))
     content.pop("format_version")
     try:
         return from_dict(Progress, content)
@@ -130,7 +174,7 @@ def read_progress(folder: Path) -> Progress:
         raise CheckpointError(f"the progress is damaged: {error}", where=str(path)) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *, versions: Sequence[int]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
@@ -138,9 +182,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read it: {error!r}", where=str(path), way_out="use another checkpoint"
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in versions:
+        readable = f"version{'s' * (len(versions) > 1)} {' and '.join(map(str, versions))}"
         raise CheckpointError(
-            f"format version {version}, but this program reads version {FORMAT_VERSION}",
+            f"format version {version}, but this program reads {readable}",
             where=str(path),
             way_out="use the version of comet_megatron that wrote it",
         )

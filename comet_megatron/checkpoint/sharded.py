@@ -1,18 +1,15 @@
 """Save and load a stage and its optimizer as Megatron's sharded checkpoint, in the fully reshardable form.
 
-What is saved on one layout loads on another. A checkpoint is written under a temporary name and renamed when whole.
+What is saved on one layout loads on another. How a checkpoint is written: see saving.py.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -20,19 +17,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from comet_megatron.checkpoint.model_folder import (
-    COMPLETE,
-    TOKENIZER,
-    WEIGHTS,
-    ModelDescription,
-    Progress,
-    write_description,
-    write_progress,
-)
-from comet_megatron.errors import CheckpointError, OutputError
+from comet_megatron.checkpoint.agreement import reason_of
+from comet_megatron.checkpoint.model_folder import WEIGHTS, ModelDescription, Progress
+from comet_megatron.checkpoint.saving import Contents, Saving
+from comet_megatron.checkpoint.state import sharded_state
+from comet_megatron.errors import CheckpointError
 from comet_megatron.model.specs import stored_prefixes
 from comet_megatron.model.stage import CometStage
-from comet_megatron.new_folder import copy_files, make_folder
 from comet_megatron.parallel.layout import Layout
 
 
@@ -46,37 +37,18 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint. Every rank calls it; communicates on the world.
+    """Write a checkpoint and wait until it is whole. Every rank calls it; communicates on the world.
 
     Args:
-        folder: must not exist; its parent is made where it is missing.
+        folder: its parent is made where it is missing; a folder that is there gets another name.
         tokenizer: folder that is copied into the checkpoint.
         optimizer, progress: of a training run.
+
+    Raises:
+        OutputError: on all ranks: one of them could not write; nothing is left of it.
     """
-    temporary = folder.with_name(f".{folder.name}.unfinished")
-    if layout.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary / WEIGHTS)
-    dist.barrier()
-    state = _sharded_state(stage, optimizer, layout, is_loading=False)
-    try:
-        dist_checkpointing.save(state, str(temporary / WEIGHTS))
-    except (CheckpointException, OSError) as error:
-        if layout.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(
-            f"the checkpoint cannot be written: {_reason(error)}",
-            where=str(folder),
-            way_out="free space on the disk; the checkpoint before it is whole",
-        ) from error
-    if layout.is_main:
-        write_description(temporary, description)
-        if progress is not None:
-            write_progress(temporary, progress)
-        copy_files(tokenizer, temporary / TOKENIZER)
-        (temporary / COMPLETE).touch()
-        os.replace(temporary, folder)
-    dist.barrier()
+    contents = Contents(description, tokenizer, progress)
+    Saving.start(folder, stage, optimizer, layout, contents=contents).finish()
 
 
 def load_weights(folder: Path, stage: CometStage, layout: Layout) -> None:
@@ -85,7 +57,7 @@ def load_weights(folder: Path, stage: CometStage, layout: Layout) -> None:
     Raises:
         CheckpointError: files are missing or damaged, or the weights have other sizes.
     """
-    wanted = _sharded_state(stage, None, layout, is_loading=True)
+    wanted = sharded_state(stage, None, layout, is_loading=True)
     wanted["model"].pop(CometStage.NEW_ROWS, None)  # a starting checkpoint has them in its embedding
     loaded = _load(wanted, folder)
     stage.load_state_dict(loaded["model"], strict=False)
@@ -98,27 +70,9 @@ def load_training_state(folder: Path, stage: CometStage, optimizer: MegatronOpti
     Raises:
         CheckpointError: files are missing or damaged, or the weights have other sizes.
     """
-    loaded = _load(_sharded_state(stage, optimizer, layout, is_loading=True), folder)
+    loaded = _load(sharded_state(stage, optimizer, layout, is_loading=True), folder)
     stage.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
-
-
-def _sharded_state(
-    stage: CometStage, optimizer: MegatronOptimizer | None, layout: Layout, *, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": layout.groups.dp_cp}
-    state: dict[str, Any] = {"model": stage.sharded_state_dict(metadata=metadata)}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
-    return state
-
-
-def _reason(error: BaseException) -> str:
-    """One line of what went wrong; torch puts the tracebacks of all ranks into the text."""
-    if isinstance(error, CheckpointException):
-        inner = next(iter(error.failures.values()))[0]
-        return f"{type(inner).__name__} {' '.join(str(inner).split())[:300]}".strip()
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -135,7 +89,7 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     ) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = _reason(error)
+        reason = reason_of(error)
         raise CheckpointError(
             f"the weights cannot be loaded: {reason}",
             where=str(folder / WEIGHTS),

@@ -20,6 +20,8 @@ _CHOICES = {
     "model.precision": ("fp32", "bf16"),
     "train.trainable": ("all", "memory"),
     "train.recompute": ("none", "full"),
+    "train.on_failed_save": ("go_on", "stop"),
+    "train.on_nonfinite": ("stop", "skip"),
 }
 # Smallest whole number allowed.
 _AT_LEAST = {
@@ -27,17 +29,21 @@ _AT_LEAST = {
     "parallel.pp": 1,
     "parallel.slack": 0,
     "optimizer.warmup_steps": 0,
+    "data.max_stride": 0,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.loss_slice_tokens": 1,
     "train.save_every": 0,
+    "train.keep_last": 0,
+    "train.keep_every": 0,
+    "train.max_skips": 1,
     "train.eval_every": 0,
     "train.eval_sequences": 1,
     "logging.log_every": 1,
     "profile.timeline_step": 1,
 }
 _ABOVE_ZERO = ("parallel.timeout_s", "optimizer.lr", "optimizer.eps", "optimizer.memory_lr_mult")
-_ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad")
+_ZERO_OR_MORE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad", "train.spike_guard")
 _COUNT_OR_WORD = {
     "train.bptt_chunks": "all",
     "train.cpu_threads": "auto",
@@ -119,6 +125,7 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     if train.eval_every > 0 and not config.data.eval.strip():
         what = f"train.eval_every={train.eval_every} needs held-out shards; set data.eval, or train.eval_every=0"
         problems.append(_problem(what, where, "train.eval_every", "data.eval"))
+    problems += _check_keeping(config, where)
     if config.profile.timeline and config.profile.timeline_step > max(train.steps, 1):
         what = (
             f"profile.timeline_step={config.profile.timeline_step} comes after the last of train.steps={train.steps}; "
@@ -126,6 +133,21 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
         what += f"use {train.steps} or fewer"
         problems.append(_problem(what, where, "profile.timeline_step", "train.steps"))
     return problems + _check_layers_per_stage(config, where)
+
+
+def _check_keeping(config: Config, where: Where) -> list[ConfigError]:
+    """keep_every does something: there are checkpoints of its steps, and others that are deleted."""
+    train, problems = config.train, []
+    every, save_every = train.keep_every, train.save_every
+    if every > 0 and train.keep_last == 0:
+        what = f"train.keep_every={every} changes nothing, as train.keep_last=0 keeps all checkpoints; "
+        what += "set train.keep_last=1 or more, or train.keep_every=0"
+        problems.append(_problem(what, where, "train.keep_every", "train.keep_last"))
+    if every > 0 and (save_every <= 0 or every % save_every):
+        fitting = "set train.save_every" if save_every <= 0 else f"use a multiple of {save_every}"
+        what = f"train.keep_every={every} is for steps that are saved, and train.save_every={save_every}; {fitting}"
+        problems.append(_problem(what, where, "train.keep_every", "train.save_every"))
+    return problems
 
 
 def check_start(config: Config, where: Where) -> list[ConfigError]:

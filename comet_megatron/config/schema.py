@@ -41,7 +41,9 @@ class ParallelSection:
 class DataSection:
     train: str = REQUIRED  # folder of shards (tools/prepare_data.py writes it)
     eval: str = ""  # held-out shards; empty: no evaluation
-    seed: int = 1234  # of the order of samples
+    seed: int = 1234  # of the order of samples, and of what is drawn of their cuts
+    chunks: str = "fixed"  # ways to cut: fixed | right | uniform | random | sentence, or a mix: fixed:0.7, right:0.3
+    max_stride: int = 0  # strides are drawn: the model's, twice, four times that ... up to this; 0: the model's
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class TrainSection:
     loss_slice_tokens: int = 1024  # rows of logits that exist at once
     seed: int = 1234  # of everything random but the data order
     save_every: int = 0  # steps; 0: only at the end
+    async_save: bool = True  # files are written while training goes on; needs host memory for a copy of the state
+    keep_last: int = 0  # checkpoints that stay when a new one is whole, itself included; 0: all
+    keep_every: int = 0  # checkpoints of its multiples stay beyond keep_last; 0: none
+    on_failed_save: str = "go_on"  # go_on | stop, when a checkpoint cannot be written; the last one always stops
+    on_nonfinite: str = "stop"  # stop | skip the step, when the loss or the gradient is not finite
+    spike_guard: float = 0.0  # skip a step whose gradient norm is so many standard deviations too large; 0: off
+    max_skips: int = 10  # steps skipped in a row that stop the run
     eval_every: int = 0  # steps; 0: never
     eval_sequences: int = 32  # held-out sequences of one evaluation
     cpu_threads: Union[int, str] = "auto"  # per process, on CPU; auto: cores / processes on this machine

@@ -1,15 +1,22 @@
-"""Find input documents: text files, folders of them, JSONL with a `text` field, the Python standard library."""
+"""Find input documents: text files, folders of them, JSONL (plain, .gz, .zst), the Python standard library."""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import hashlib
+import importlib.util
+import io
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from comet_megatron.data.rows import ROW_FORMS, Chat, Document, parse_row
 from comet_megatron.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"  # the word a user gives instead of a file name
@@ -17,14 +24,35 @@ _GLOB_CHARACTERS = frozenset("*?[")
 _NOT_STDLIB_SOURCE = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 # Generated when this Python was built: they hold the paths and flags of the machine it was built on.
 _GENERATED_PREFIXES = ("_sysconfigdata", "config-")
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_LOOKED_AT = 1 << 16  # bytes of either end of a file, to tell whether it is the same
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text; its name says where it came from and decides whether it is held out."""
+class JsonLine:
+    """One line of a JSONL file, not yet looked at; `where` is its file and line."""
 
     name: str
-    text: str
+    where: str
+    line: bytes
+
+    def parse(self) -> Document | Chat:
+        """
+        Raises:
+            DataError: as rows.parse_row.
+        """
+        return parse_row(self.line, name=self.name, where=self.where)
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A named file that holds no document."""
+
+    name: str
+    error: DataError
+
+
+RawDocument = Document | JsonLine | BadInput
 
 
 @dataclass(frozen=True)
@@ -41,7 +69,7 @@ class DocumentSource:
 
     Attributes:
         files: the input files, in the order of reading.
-        num_bytes: their total size.
+        num_bytes: their total size on disk.
         bytes_read: how far the last iteration came, for a progress bar.
         skipped: names of the files that the last iteration left out because they are not UTF-8.
     """
@@ -53,72 +81,185 @@ class DocumentSource:
         self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the documents.
+        """Yield the documents; of a chat, what is said in it.
 
         Raises:
-            DataError: a named file is not UTF-8, a JSONL line is not an object with a string `text`,
-                a file cannot be read, or there is no document at all.
+            DataError: a named file is empty or not UTF-8, a JSONL line is not one of rows.ROW_FORMS, a file cannot be
+                read, or there is no document at all.
+        """
+        for raw in self.rows():
+            if isinstance(raw, BadInput):
+                raise raw.error
+            found = raw.parse() if isinstance(raw, JsonLine) else raw
+            if isinstance(found, Chat):
+                found = Document(found.name, "\n".join(message.get("content") or "" for message in found.messages))
+            yield found
+
+    def rows(self) -> Iterator[RawDocument]:
+        """Yield the documents as they lie in the files, so that another process can parse them.
+
+        Raises:
+            DataError: a file cannot be read, or there is no document at all.
         """
         self.bytes_read, self.skipped = 0, []
         found_any = False
         for file in self.files:
-            for document, num_bytes in self._documents_of(file):
-                self.bytes_read += num_bytes
-                if document is not None:
+            read_before = self.bytes_read
+            for raw, position in self._rows_of(file):
+                self.bytes_read = read_before + position
+                if raw is not None:
                     found_any = True
-                    yield document
+                    yield raw
         if not found_any:
             raise DataError(
                 f"none of the {len(self.files)} input files holds a document ({len(self.skipped)} are not UTF-8 text)",
                 where=", ".join(file.name for file in self.files[:3]) + (", ..." if len(self.files) > 3 else ""),
-                way_out='give text files in UTF-8, or .jsonl files with one {"text": ...} object a line',
+                way_out=f"give text files in UTF-8, or .jsonl files, each line an object with {ROW_FORMS}",
             )
 
-    def _documents_of(self, file: SourceFile) -> Iterator[tuple[Document | None, int]]:
-        """(document or None where there is none, bytes of the file that it took)."""
+    def fingerprint(self) -> str:
+        """sha256 of the names and sizes of the files and of their first and last bytes; hexadecimal.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            try:
+                with open(file.path, "rb") as content:
+                    size = os.fstat(content.fileno()).st_size
+                    ends = content.read(_LOOKED_AT)
+                    content.seek(max(0, size - _LOOKED_AT))
+                    ends += content.read(_LOOKED_AT)
+            except OSError as error:
+                raise _cannot_read(error, file) from error
+            digest.update(json.dumps([file.name, size, hashlib.sha256(ends).hexdigest()]).encode("utf-8"))
+        return digest.hexdigest()
+
+    def _rows_of(self, file: SourceFile) -> Iterator[tuple[RawDocument | None, int]]:
+        """(document or None where there is none, bytes of the file that are read)."""
+        if is_jsonl(file.path):
+            yield from _jsonl_rows(file)
+            return
         try:
-            if file.path.suffix == ".jsonl":
-                yield from _jsonl_documents(file)
-                return
             data = file.path.read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read the file: {error.strerror}", where=str(file.path)) from error
+            raise _cannot_read(error, file) from error
+        if not data and not file.may_be_skipped:
+            yield BadInput(file.name, DataError("the file is empty", where=str(file.path))), 0
+            return
         try:
             yield Document(file.name, data.decode("utf-8-sig")), len(data)
         except UnicodeDecodeError as error:
-            if not file.may_be_skipped:
-                raise DataError(
-                    f"the file is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}",
-                    where=str(file.path),
-                    way_out="convert it, for example with iconv -f LATIN1 -t UTF-8, or leave it out",
-                ) from error
-            self.skipped.append(file.name)
-            yield None, len(data)
+            if file.may_be_skipped:
+                self.skipped.append(file.name)
+                yield None, len(data)
+                return
+            problem = DataError(
+                f"the file is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}",
+                where=str(file.path),
+                way_out="convert it, for example with iconv -f LATIN1 -t UTF-8, or leave it out",
+            )
+            yield BadInput(file.name, problem), len(data)
 
 
-def _jsonl_documents(file: SourceFile) -> Iterator[tuple[Document | None, int]]:
-    with open(file.path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file.path}:{number}"
-            way_out = 'every line must be one JSON object with a string "text", in UTF-8'
-            if not line.strip():
-                yield None, len(line)
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of the decoding and of the JSON
-                raise DataError(f"the line is not JSON: {error}", where=where, way_out=way_out) from error
-            if not isinstance(row, dict):
-                raise DataError(f"the line is a JSON {type(row).__name__}, not an object", where=where, way_out=way_out)
-            if not isinstance(text := row.get("text"), str):
-                what = f'"text" is a {type(text).__name__}' if "text" in row else f'no "text", only {sorted(row)[:8]}'
-                raise DataError(f"the line has {what}", where=where, way_out=way_out)
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
-                what = f"the text is not Unicode: {error.reason} at {error.start}"
-                raise DataError(what, where=where, way_out=way_out) from error
-            yield Document(f"{file.name}:{number}", text), len(line)
+def is_jsonl(path: Path) -> bool:
+    """Whether the file's name says that it is JSON lines, compressed or not."""
+    return path.name.endswith(_JSONL_SUFFIXES)
+
+
+def _jsonl_rows(file: SourceFile) -> Iterator[tuple[RawDocument | None, int]]:
+    number = 0
+    try:
+        with open(file.path, "rb") as raw:
+            if not os.fstat(raw.fileno()).st_size:
+                yield BadInput(file.name, DataError("the file is empty", where=str(file.path))), 0
+                return
+            for number, line in enumerate(_decompressed(raw, file.path), start=1):  # noqa: B007 (the errors need it)
+                if line.strip():
+                    yield JsonLine(f"{file.name}:{number}", f"{file.path}:{number}", line), raw.tell()
+                else:
+                    yield None, raw.tell()
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _cannot_read(error, file) from error
+        raise _damaged(error, file, number) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "zstandard":
+            raise
+        raise _damaged(error, file, number) from error
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> Iterable[bytes]:
+    """The lines of a file."""
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardReader(raw), buffer_size=1 << 20)
+    return raw
+
+
+class _ZstandardReader(io.RawIOBase):
+    """The content of a .zst file of any number of frames; the package's own reader takes a cut-off one for whole."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._ready = memoryview(b"")
+        self._is_between_frames = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the name of the argument is free
+        """
+        Raises:
+            EOFError: the last frame is cut off.
+        """
+        while not self._ready:
+            compressed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._is_between_frames = self._new_frame(), True
+            compressed = compressed or self._raw.read(1 << 17)
+            if not compressed:
+                if not self._is_between_frames:
+                    raise EOFError("its last frame has no end")
+                return 0
+            self._is_between_frames = False
+            self._ready = memoryview(self._frame.decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _check_zstandard(files: Iterable[SourceFile]) -> None:
+    """
+    Raises:
+        DataError: a file needs the package zstandard, and it is not there.
+    """
+    needing = [file for file in files if file.path.name.endswith(".jsonl.zst")]
+    if needing and importlib.util.find_spec("zstandard") is None:
+        raise DataError(
+            "reading .zst files needs the Python package zstandard, which is not installed",
+            where=str(needing[0].path),
+            way_out="pip install zstandard, or decompress the files: zstd -d FILE",
+        )
+
+
+def _cannot_read(error: OSError, file: SourceFile) -> DataError:
+    return DataError(f"cannot read the file: {error.strerror}", where=str(file.path))
+
+
+def _damaged(error: Exception, file: SourceFile, number: int) -> DataError:
+    return DataError(
+        f"the compressed file is damaged or cut off: {error}",
+        where=f"{file.path}, after line {number}",
+        way_out="copy it again",
+    )
 
 
 def python_stdlib_files() -> DocumentSource:
@@ -143,11 +284,12 @@ def python_stdlib_files() -> DocumentSource:
 def text_files(paths_or_globs: Sequence[str | os.PathLike[str]]) -> DocumentSource:
     """The files that a user named: files, folders (all files below, no hidden ones) and glob patterns (`**` too).
 
-    A name ending in .jsonl is JSON lines, anything else is one document. Files keep the order in which they were
-    given, those of a folder or pattern are sorted; a file that comes up twice is taken once.
+    A name ending in .jsonl, .jsonl.gz or .jsonl.zst is JSON lines, anything else is one document. Files keep the order
+    in which they were given, those of a folder or pattern are sorted; a file that comes up twice is taken once.
 
     Raises:
-        DataError: a path does not exist, a pattern fits no file, or a folder is empty; all of them at once.
+        DataError: a path does not exist, a pattern fits no file, a folder is empty, or a .zst file needs a package
+            that is not there; all of them at once.
     """
     return DocumentSource(_find_all(paths_or_globs))
 
@@ -177,6 +319,10 @@ def _find_all(paths_or_globs: Sequence[str | os.PathLike[str]]) -> list[SourceFi
                 files.setdefault(file.path.resolve(), file)
         except DataError as problem:
             problems.append(problem)
+    try:
+        _check_zstandard(files.values())
+    except DataError as problem:
+        problems.append(problem)
     if len(problems) == 1:
         raise problems[0]
     if problems:

@@ -30,7 +30,17 @@ def sample_index(position: int, *, num_samples: int, seed: int) -> tuple[int, in
 def plan_batch(
     step: int, *, global_batch_size: int, dp_rank: int, dp_size: int, num_samples: int, seed: int
 ) -> list[int]:
-    """Numbers of the samples that a data-parallel rank trains on in a step (the first step is 0).
+    """Numbers of the samples of one data set that a data-parallel rank trains on in a step (the first step is 0).
+
+    Raises:
+        ConfigError: as plan_positions.
+    """
+    positions = plan_positions(step, global_batch_size=global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
+    return [sample_index(position, num_samples=num_samples, seed=seed)[1] for position in positions]
+
+
+def plan_positions(step: int, *, global_batch_size: int, dp_rank: int, dp_size: int) -> range:
+    """Positions, counted since the start of training, that a data-parallel rank trains on in a step (the first is 0).
 
     Ranks take contiguous blocks: the lists of ranks 0, 1, ... one after the other are the list of a single rank.
     A batch may reach into the next epoch, and then hold a sample twice.
@@ -50,8 +60,7 @@ def plan_batch(
         raise ConfigError(f"dp_rank={dp_rank} is not a rank of dp_size={dp_size}")
     local_batch_size = global_batch_size // dp_size
     first = step * global_batch_size + dp_rank * local_batch_size
-    positions = range(first, first + local_batch_size)
-    return [sample_index(position, num_samples=num_samples, seed=seed)[1] for position in positions]
+    return range(first, first + local_batch_size)
 
 
 @functools.lru_cache(maxsize=4)  # a batch touches two epochs; train and eval have one order each

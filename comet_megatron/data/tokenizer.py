@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,29 @@ def ids_of_document(tokenizer: Any, text: str) -> np.ndarray:
             way_out='set "eos_token" in its tokenizer_config.json',
         )
     return np.asarray([*encode(tokenizer, text), tokenizer.eos_token_id], dtype=np.int32)
+
+
+def load_text_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder, as load_tokenizer, or of one SentencePiece file as tools/train_tokenizer.py makes it.
+
+    Raises:
+        DataError: as load_tokenizer, or the file is no SentencePiece model of that kind.
+    """
+    if not Path(path).is_file():
+        return load_tokenizer(path)
+    from google.protobuf.message import DecodeError
+
+    way_out = "give a tokenizer.model of tools/train_tokenizer.py, or the folder of a Hugging Face tokenizer"
+    proto_bytes = Path(path).read_bytes()
+    try:
+        proto = _parsed(proto_bytes)
+    except DecodeError as error:
+        raise DataError("the file is no SentencePiece model", where=str(path), way_out=way_out) from error
+    normalizer, pieces = proto.normalizer_spec, [piece.piece for piece in proto.pieces]
+    changes_text = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE or changes_text or pieces[1:3] != [EOS_TOKEN, PAD_TOKEN]:
+        what = "the SentencePiece model is of another kind: not BPE, or it changes text before it cuts it"
+        raise DataError(what, where=str(path), way_out=way_out)
+    with tempfile.TemporaryDirectory(prefix="comet_") as folder:
+        export_sentencepiece(proto_bytes, Path(folder))
+        return load_tokenizer(folder)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from comet_megatron.backend.device import keep_large_tensors_apart, select_device, set_cpu_threads
+from comet_megatron.backend.device import Device, keep_large_tensors_apart, select_device, set_cpu_threads
 from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state
-from comet_megatron.checkpoint.start import Start
+from comet_megatron.checkpoint.start import CheckpointStart, Start
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.data.training_data import TrainingData
 from comet_megatron.model.build import build_stage
 from comet_megatron.new_folder import copy_files, make_folder
 from comet_megatron.parallel.hang_watch import HangWatch
@@ -24,6 +26,7 @@ from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
 from comet_megatron.train.callbacks.tensorboard import TensorBoard
+from comet_megatron.train.continuation import Continuation, choose_checkpoint, prepare_run_folder, restarts_by_torchrun
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings
 from comet_megatron.train.records import Callback
@@ -34,34 +37,46 @@ def build_trainer(
     config: Config,
     process: ProcessRank,
     start: Start,
-    train_data: ShardDataset,
+    train_data: TrainingData,
     eval_data: ShardDataset | None,
     *,
-    resume: bool,
+    plan: Continuation,
 ) -> tuple[Trainer, list[str]]:
     """A trainer ready to run and a summary for the user. Communicates on the world.
 
     Args:
-        start: model to load; with `resume` a checkpoint of the run itself.
+        start: model to load; where the run goes on, one of its own checkpoints.
+        plan: what it goes on from.
+
+    Raises:
+        CheckpointError: all checkpoints that it could go on from are damaged.
     """
+    run = Path(config.train.output)
     description = start.description
     if process.rank == 0:
-        make_folder(Path(config.train.output))  # before minutes are spent on loading
+        make_folder(run)  # before minutes are spent on loading
     device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
         keep_large_tensors_apart(kept_piece_bytes(description.architecture, description.memory))
         threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
     parallel = config.parallel
+    if (restarts := restarts_by_torchrun()) and not dist.is_initialized():
+        join_restarted_world(process, device, restarts=restarts, timeout_s=parallel.timeout_s)
     layout = build_layout(
         process, device, tp=parallel.tp, pp=parallel.pp, seed=config.train.seed, timeout_s=parallel.timeout_s
     )
+    told = []
+    if plan.newest is not None:
+        checkpoint, told = choose_checkpoint(run, plan, layout)
+        start = CheckpointStart(checkpoint, description)
+    told += [*prepare_run_folder(run, plan, layout), *(plan.told if plan.newest is None else ())]
     layers_per_stage = resolve_layers_per_stage(
         parallel.layers_per_stage,
         description.architecture,
         description.memory,
         num_stages=parallel.pp,
-        tokens=int(train_data.lengths.max()),
+        tokens=train_data.longest,
         recompute=config.train.recompute == "full",
     )
     stage = build_stage(
@@ -73,7 +88,7 @@ def build_trainer(
         sequence_parallel=config.parallel.sequence_parallel,
         precision=config.model.precision,
     )
-    if not resume:
+    if plan.newest is None:
         start.load_weights(stage, layout)
     if config.train.trainable == "memory":
         stage.freeze_backbone()
@@ -81,17 +96,19 @@ def build_trainer(
     optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
     progress = Progress(
         step=0,
-        data_fingerprint=train_data.manifest.fingerprint,
+        data_fingerprint=train_data.fingerprint,
         data_seed=config.data.seed,
         global_batch_size=config.train.global_batch_size,
         trainable=config.train.trainable,
         zero1=config.parallel.zero1,
     )
-    if resume:
+    if plan.newest is not None:
         with keep_settings(optimizer):
             load_training_state(start.path, stage, optimizer, layout)
         progress = read_progress(start.path)
-    schedule = build_schedule(optimizer, config.optimizer, steps=config.train.steps, steps_done=progress.step)
+    schedule = build_schedule(
+        optimizer, config.optimizer, steps=config.train.steps, steps_done=progress.step - progress.skipped
+    )
     trainer = Trainer(
         config=config,
         layout=layout,
@@ -99,14 +116,27 @@ def build_trainer(
         optimizer=optimizer,
         schedule=schedule,
         description=description,
-        tokenizer=keep_tokenizer(start, Path(config.train.output), layout),
+        tokenizer=keep_tokenizer(start, run, layout),
         train_data=train_data,
         eval_data=eval_data,
         progress=progress,
         callbacks=_build_callbacks(config) if layout.is_main else (),
         watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
     )
-    return trainer, summarize(trainer, start.path, layers_per_stage, threads=threads)
+    return trainer, [*told, *summarize(trainer, start.path, layers_per_stage, threads=threads)]
+
+
+def join_restarted_world(process: ProcessRank, device: Device, *, restarts: int, timeout_s: float) -> None:
+    """Start torch.distributed after torchrun has started the processes again, with names of its own in the store.
+
+    torchrun keeps one store for all restarts, in which the addresses of the processes that are gone still stand; who
+    reads them before the new ones are written cannot connect, and fails again.
+    """
+    timeout = timedelta(seconds=2 * timeout_s + 60)  # as build_layout does
+    store, rank, world_size = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(f"restart_{restarts}", store)
+    dist.init_process_group(device.collectives, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def keep_tokenizer(start: Start, run: Path, layout: Layout) -> Path:
@@ -157,14 +187,14 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
         f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
         f"layout   {layout.world_size} process{'es' * (layout.world_size > 1)} on {on}: {parallel}; "
         f"{config.model.precision}",
-        f"data     {data.folder}: {len(data):,} sequences, {data.num_tokens:,} tokens; "
+        f"data     {data.describe()}: {len(data):,} sequences, {data.num_tokens:,} tokens; "
         f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps",
     ]
     if layout.pp > 1:
         costs = chunk_costs(
             architecture,
             memory,
-            tokens=int(data.lengths.max()),
+            tokens=data.longest,
             recompute=config.train.recompute == "full",
         )
         split = describe_split(layers_per_stage, costs, setting=config.parallel.layers_per_stage)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: find the step, the layer and the chunk, and stop with a message."""
+"""A loss or gradient that is not finite: find the step, the layer and the chunk, and say so."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ WAY_OUT = (
     "checkpoints written so far are intact: lower optimizer.lr or optimizer.memory_lr_mult, then go on with --resume "
     "or, without a checkpoint, in a new train.output"
 )
+
+
+class UnusableStep(TrainingError):
+    """A step that must not change the weights, and has not; every rank raises it."""
+
+
+class NotFinite(UnusableStep):
+    """Its loss or gradient is not finite."""
+
+
 EMBEDDING_PLACE = -1  # before the layers' numbers, as it is computed
 Found = tuple[int, int, int, str]  # sequence, chunk, layer, what: in the order of computation
 
@@ -27,7 +37,7 @@ def stop_on_nonfinite_loss(executor: Executor, batch: Sequence[Microbatch], layo
     """Compute the batch again, layer by layer, and name the first one whose output is not finite.
 
     Raises:
-        TrainingError: always.
+        NotFinite: always.
     """
     found = _first_nonfinite(executor, batch)
     places: list[Found | None] = [None] * layout.world_size
@@ -46,7 +56,7 @@ def stop_on_nonfinite_gradient(model: TrainableModel, layout: Layout, *, step: i
     """Name the first parameter whose gradient is not finite.
 
     Raises:
-        TrainingError: always.
+        NotFinite: always.
     """
     found = None
     for stage in model.stages:
@@ -62,7 +72,7 @@ def stop_on_nonfinite_gradient(model: TrainableModel, layout: Layout, *, step: i
 
 def _stop(what: str, named: Sequence[str], *, step: int) -> NoReturn:
     where = "; ".join(named[:3]) or "in the sum over ranks only"
-    raise TrainingError(f"{what} of step {step} is not finite: first {where}", way_out=WAY_OUT)
+    raise NotFinite(f"{what} of step {step} is not finite: first {where}", way_out=WAY_OUT)
 
 
 def _pipeline_of(rank: int, layout: Layout) -> int:

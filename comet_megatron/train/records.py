@@ -48,6 +48,50 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class SkipRecord:
+    """Said instead of a StepRecord after a step that changed nothing but the place in the data.
+
+    Attributes:
+        why: with layer and chunk.
+        in_a_row, in_all: skipped steps up to this one.
+    """
+
+    step: int
+    why: str
+    in_a_row: int
+    in_all: int
+
+
+@dataclass(frozen=True)
+class SaveRecord:
+    """Said once a checkpoint is whole, which may be steps later.
+
+    Attributes:
+        step: of the checkpoint.
+        blocking_s: how long training waited for it.
+        writing_s: how long it was written, beside training if that is asked for.
+    """
+
+    step: int
+    folder: Path
+    blocking_s: float
+    writing_s: float
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """Said when a checkpoint could not be written and training goes on.
+
+    Attributes:
+        in_all: failed saves since the start of this process.
+    """
+
+    step: int
+    why: str
+    in_all: int
+
+
+@dataclass(frozen=True)
 class RunEnd:
     """Said once, after the last step and its checkpoint."""
 
@@ -67,11 +111,23 @@ class Callback:
     def on_evaluation(self, step: int, result: BatchResult) -> None:
         """After an evaluation on held-out data; step 0 is before training."""
 
-    def on_checkpoint(self, step: int, folder: Path) -> None:
+    def on_skip(self, record: SkipRecord) -> None:
+        """After a step that was skipped, instead of on_step."""
+
+    def on_checkpoint(self, record: SaveRecord) -> None:
         """After a checkpoint is whole."""
+
+    def on_failed_save(self, failed: FailedSave) -> None:
+        """After a checkpoint could not be written."""
+
+    def on_warning(self, text: str) -> None:
+        """After something that needs the user's eye, but does not stop the run."""
 
     def on_profile(self, step: int, picture: Path) -> None:
         """After the ops of a step were drawn."""
+
+    def on_stop(self, step: int, end: RunEnd) -> None:
+        """After a step at which the run was asked to stop, and its checkpoint."""
 
     def on_end(self, end: RunEnd) -> None:
         """After the last step."""

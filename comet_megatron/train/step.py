@@ -13,10 +13,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from comet_megatron.chunking import next_token_labels
+from comet_megatron.data.training_data import TrainingSequence
 from comet_megatron.parallel.executor import BackwardSettings, Executor, Microbatch, SequenceResult
 from comet_megatron.parallel.layout import Layout
 from comet_megatron.train.model import TrainableModel
 from comet_megatron.train.nonfinite import stop_on_nonfinite_gradient, stop_on_nonfinite_loss
+from comet_megatron.train.spike import refuse_spike
+
+Text = TrainingSequence | np.ndarray  # or plain token ids [tokens], each a label, in full chunks
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,23 @@ class BatchResult:
 def train_step(
     model: TrainableModel,
     optimizer: MegatronOptimizer,
-    sequences: Sequence[np.ndarray],
+    sequences: Sequence[Text],
     layout: Layout,
     *,
     settings: BackwardSettings,
     step: int,
+    largest_norm: float = math.inf,
 ) -> BatchResult:
     """One update. Communicates on every axis.
 
     Args:
-        sequences: this data-parallel rank's token ids, each int [tokens].
+        sequences: of this data-parallel rank.
         step: number of the step, for messages.
+        largest_norm: of the gradient that is still used.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are as they were before the step.
+        UnusableStep: the loss or the gradient is not finite, or the gradient too large; weights and optimizer are as
+            they were before the step.
     """
     optimizer.zero_grad()
     gathered = accumulate_gradients(model, sequences, layout, settings=settings, step=step)
@@ -68,6 +75,8 @@ def train_step(
         grad_norm = float(optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             stop_on_nonfinite_gradient(model, layout, step=step)
+        if grad_norm > largest_norm:
+            refuse_spike(model, gathered.chunk_losses, layout, norm=grad_norm, limit=largest_norm, step=step)
         optimizer.step_with_ready_grads()
         model.write_new_rows()
     return BatchResult(**{**vars(gathered), "grad_norm": grad_norm})
@@ -75,7 +84,7 @@ def train_step(
 
 def accumulate_gradients(
     model: TrainableModel,
-    sequences: Sequence[np.ndarray],
+    sequences: Sequence[Text],
     layout: Layout,
     *,
     settings: BackwardSettings,
@@ -86,7 +95,7 @@ def accumulate_gradients(
     With ZeRO-1 a data-parallel rank holds its own shard of the reduced gradient.
 
     Raises:
-        TrainingError: the loss is not finite.
+        UnusableStep: the loss is not finite.
     """
     model.zero_gradients()
     activity = model.executor.activity
@@ -109,16 +118,21 @@ def accumulate_gradients(
 
 
 def evaluate(
-    executor: Executor, sequences: Sequence[np.ndarray], layout: Layout, *, settings: BackwardSettings
+    executor: Executor, sequences: Sequence[Text], layout: Layout, *, settings: BackwardSettings
 ) -> BatchResult:
     """Losses of this data-parallel rank's held-out sequences, averaged over all ranks'. Communicates on DP and PP."""
     results = executor.evaluate(_microbatches(executor, sequences), settings=settings)
     return _gather(results, sequences, layout, executor=executor)
 
 
-def _microbatches(executor: Executor, sequences: Sequence[np.ndarray]) -> list[Microbatch]:
+def _microbatches(executor: Executor, sequences: Sequence[Text]) -> list[Microbatch]:
     """Each sequence on its own."""
-    return [executor.microbatch(ids[None], next_token_labels(ids)[None]) for ids in sequences]
+    return [
+        executor.microbatch(s.ids[None], s.labels[None], chunk_lengths=s.chunk_lengths, stride=s.stride)
+        if isinstance(s, TrainingSequence)
+        else executor.microbatch(s[None], next_token_labels(s)[None])
+        for s in sequences
+    ]
 
 
 def _global_sum(value: int, layout: Layout) -> int:
@@ -128,7 +142,7 @@ def _global_sum(value: int, layout: Layout) -> int:
 
 
 def _gather(
-    results: Sequence[SequenceResult], sequences: Sequence[np.ndarray], layout: Layout, *, executor: Executor
+    results: Sequence[SequenceResult], sequences: Sequence[Text], layout: Layout, *, executor: Executor
 ) -> BatchResult:
     """Sum over the data-parallel ranks and the stages."""
     with executor.activity.phase("gathering the losses"):
@@ -136,7 +150,7 @@ def _gather(
 
 
 def _gather_now(
-    results: Sequence[SequenceResult], sequences: Sequence[np.ndarray], layout: Layout, *, executor: Executor
+    results: Sequence[SequenceResult], sequences: Sequence[Text], layout: Layout, *, executor: Executor
 ) -> BatchResult:
     device = layout.device.torch_device
     chunks = torch.tensor(max((len(r.labels) for r in results), default=0), device=device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -17,21 +17,26 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from comet_megatron.backend.device import peak_memory_bytes
 from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
-from comet_megatron.checkpoint.sharded import save_checkpoint
+from comet_megatron.checkpoint.saving import Contents
 from comet_megatron.config.schema import Config
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.sampler import plan_batch
-from comet_megatron.errors import DataError
+from comet_megatron.data.sampler import plan_positions
+from comet_megatron.data.training_data import TrainingData, TrainingSequence, sequence_of
+from comet_megatron.errors import CometError, DataError, PeerError, TrainingError
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.activity import Activity
 from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout
 from comet_megatron.train.model import TrainableModel
+from comet_megatron.train.nonfinite import NotFinite, UnusableStep
 from comet_megatron.train.optimizer import backbone_learning_rate
 from comet_megatron.train.profile import write_profile
-from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
-from comet_megatron.train.step import evaluate, train_step
+from comet_megatron.train.records import Callback, RunEnd, RunStart, SkipRecord, StepRecord
+from comet_megatron.train.saver import Saver
+from comet_megatron.train.spike import largest_usual_norm, remember_norm
+from comet_megatron.train.step import BatchResult, evaluate, train_step
+from comet_megatron.train.stop_request import StopRequest
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Trainer:
         progress: where the run is; 0 steps for a new one.
         callbacks: empty but on the main process.
         watch: ends the run when another process holds it up; None where there is no other.
+        stop_request: a signal's.
     """
 
     config: Config
@@ -52,11 +58,12 @@ class Trainer:
     schedule: OptimizerParamScheduler
     description: ModelDescription
     tokenizer: Path
-    train_data: ShardDataset
+    train_data: TrainingData
     eval_data: ShardDataset | None
     progress: Progress
     callbacks: Sequence[Callback]
     watch: HangWatch | None = None
+    stop_request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def activity(self) -> Activity:
@@ -80,50 +87,72 @@ class Trainer:
         )
 
     def run(self, summary: Sequence[str] = ()) -> Path:
-        """Train to the last step; the last checkpoint's folder. Every rank calls it.
+        """Train to the last step, or to the border at which a signal asks to stop; the last checkpoint's folder.
+
+        Every rank calls it.
 
         Raises:
-            TrainingError: a loss or gradient is not finite.
+            TrainingError: a loss or gradient is not finite, or too many steps were skipped.
             DataError: a shard is damaged.
+            OutputError: a checkpoint cannot be written, and training must not go on without it.
         """
         folder = Path(self.config.train.output)
-        with self.watch.watching() if self.watch else nullcontext():
+        with self.watch.watching() if self.watch else nullcontext(), self.stop_request.listening():
             return self._run(folder, summary)
 
     def _run(self, folder: Path, summary: Sequence[str]) -> Path:
         train = self.config.train
+        saver = Saver(folder, self.stage, self.optimizer, self.layout, train, self._tell)
         try:
             self._tell("on_start", RunStart(folder, train.steps, self.progress.step, tuple(summary)))
             if self.progress.step == 0 and train.eval_every:
                 self._evaluate(0)
-            saved = checkpoint_folder(folder, self.progress.step)
-            for step in range(self.progress.step + 1, train.steps + 1):
-                self._step(step)
-                if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
-                    self._evaluate(step)
-                if step == train.steps or (train.save_every and step % train.save_every == 0):
-                    saved = self._save(step)
-            self._tell("on_end", RunEnd(folder, saved))
-            return saved
+            try:
+                asked_to_stop = self._train(saver)
+            except CometError as error:
+                if not isinstance(error, PeerError):  # else all ranks are here, and the last save can be finished
+                    self._finish(saver)
+                raise
+            end = RunEnd(folder, saver.saved or checkpoint_folder(folder, self.progress.step))
+            if asked_to_stop:
+                self._tell("on_stop", self.progress.step, end)
+            else:
+                self._tell("on_end", end)
+            return end.checkpoint
         finally:
             self._tell("close")
+
+    def _train(self, saver: Saver) -> bool:
+        """Steps, evaluations and checkpoints; whether it ended because it was asked to."""
+        train = self.config.train
+        for step in range(self.progress.step + 1, train.steps + 1):
+            border = self._step(step, saver)
+            is_last = step == train.steps
+            must_stop = border.stop_requested and not is_last
+            if saver.has_begun and border.all_have_written:
+                self._finish(saver)
+            if train.eval_every and (step % train.eval_every == 0 or is_last) and not must_stop:
+                self._evaluate(step)
+            if is_last or must_stop or (train.save_every and step % train.save_every == 0):
+                self._save(saver, step, must=is_last or must_stop)
+            if must_stop:
+                return True
+        return False
 
     def _tell(self, event: str, *arguments: object) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, saver: Saver) -> _Border:
         started = time.perf_counter()
-        numbers = plan_batch(
+        positions = plan_positions(
             step - 1,
             global_batch_size=self.config.train.global_batch_size,
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp,
-            num_samples=len(self.train_data),
-            seed=self.config.data.seed,
         )
         with self.activity.phase("reading the batch"):
-            sequences = self._read(numbers)
+            sequences = self._read(self.train_data.at, positions)
         self.schedule.step(increment=1)
         records = self.config.profile.timeline and step == self.config.profile.timeline_step
         since = None
@@ -131,27 +160,67 @@ class Trainer:
             with self.activity.phase("starting the stages' clocks together"):
                 dist.barrier(group=self.layout.groups.pp)
             since = self.activity.mark()
-        result = train_step(self.model, self.optimizer, sequences, self.layout, settings=self.settings, step=step)
-        self.progress = replace(self.progress, step=step)
-        record = StepRecord(
-            step=step,
-            result=result,
-            learning_rate=backbone_learning_rate(self.optimizer),
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=self._peak_memory(),
-        )
-        self._tell("on_step", record)
+        result = self._update(sequences, step)
+        border = self._agree(saver)
+        if result is not None:
+            record = StepRecord(
+                step=step,
+                result=result,
+                learning_rate=backbone_learning_rate(self.optimizer),
+                seconds=time.perf_counter() - started,
+                peak_memory_bytes=border.peak_memory_bytes,
+            )
+            self._tell("on_step", record)
         if since is not None:
             with self.activity.phase("drawing the profile", limited=False):
                 path = write_profile(self.activity, self.layout, Path(self.config.train.output), step=step, since=since)
             if path is not None:
                 self._tell("on_profile", step, path)
+        return border
 
-    def _read(self, numbers: Sequence[int]) -> list[np.ndarray]:
+    def _update(self, sequences: Sequence[TrainingSequence], step: int) -> BatchResult | None:
+        """One step of the optimizer; None if it was skipped: only the place in the data has moved then.
+
+        Raises:
+            UnusableStep: it may not be skipped.
+        """
+        progress, train = self.progress, self.config.train
+        limit = largest_usual_norm(progress.recent_norms, deviations=train.spike_guard)
+        try:
+            result = train_step(
+                self.model,
+                self.optimizer,
+                sequences,
+                self.layout,
+                settings=self.settings,
+                step=step,
+                largest_norm=limit,
+            )
+        except UnusableStep as error:
+            self._skip(error, step)
+            return None
+        norms = remember_norm(progress.recent_norms, result.grad_norm)
+        self.progress = replace(progress, step=step, skipped_in_a_row=0, recent_norms=norms)
+        return result
+
+    def _skip(self, error: UnusableStep, step: int) -> None:
+        progress, train = self.progress, self.config.train
+        if isinstance(error, NotFinite) and train.on_nonfinite == "stop":
+            raise error
+        in_a_row = progress.skipped_in_a_row + 1
+        if in_a_row >= train.max_skips:
+            what = f"{in_a_row} steps in a row were skipped (train.max_skips); the last: {error.what}"
+            raise TrainingError(what, way_out=error.way_out) from error
+        self.schedule.step(increment=-1)
+        self.activity.clear()  # the error has left a phase open
+        self.progress = replace(progress, step=step, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+        self._tell("on_skip", SkipRecord(step, error.what, in_a_row, self.progress.skipped))
+
+    def _read(self, read: Callable[[int], TrainingSequence], numbers: Sequence[int]) -> list[TrainingSequence]:
         """This rank's samples. A sample that one rank cannot read stops all ranks with the same message."""
         found, problem = [], None
         try:
-            found = [self.train_data[n] for n in numbers]
+            found = [read(n) for n in numbers]
         except DataError as error:
             problem = error
         problems: list[DataError | None] = [None] * self.layout.world_size
@@ -164,30 +233,40 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         count = min(self.config.train.eval_sequences, len(self.eval_data))
-        sequences = [self.eval_data[n] for n in range(self.layout.dp_rank, count, self.layout.dp)]
+        numbers = range(self.layout.dp_rank, count, self.layout.dp)
+        sequences = self._read(partial(sequence_of, self.eval_data), numbers)
         result = evaluate(self.model.executor, sequences, self.layout, settings=self.settings)
         self._tell("on_evaluation", step, result)
 
-    def _save(self, step: int) -> Path:
-        folder = checkpoint_folder(Path(self.config.train.output), step)
+    def _save(self, saver: Saver, step: int, *, must: bool) -> None:
+        contents = Contents(self.description, self.tokenizer, self.progress, self.config)
         with self.activity.phase("saving a checkpoint", limited=False):
-            save_checkpoint(
-                folder,
-                self.stage,
-                self.layout,
-                description=self.description,
-                tokenizer=self.tokenizer,
-                optimizer=self.optimizer,
-                progress=self.progress,
-            )
-        self._tell("on_checkpoint", step, folder)
-        return folder
+            saver.save(step, contents, must=must)
 
-    def _peak_memory(self) -> int:
-        with self.activity.phase("comparing peak memory"):
-            return self._most_of_all_ranks()
+    def _finish(self, saver: Saver) -> None:
+        with self.activity.phase("finishing a checkpoint", limited=False):
+            saver.finish()
 
-    def _most_of_all_ranks(self) -> int:
-        most = torch.tensor(peak_memory_bytes(self.layout.device), device=self.layout.device.torch_device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+    def _agree(self, saver: Saver) -> _Border:
+        """What the ranks have to know of each other after a step. Communicates on the world."""
+        own = [peak_memory_bytes(self.layout.device), int(self.stop_request.was_made), int(saver.is_writing)]
+        most = torch.tensor(own, device=self.layout.device.torch_device)
+        with self.activity.phase("agreeing on what comes after the step"):
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        peak, stop, writing = most.tolist()
+        return _Border(peak, stop_requested=bool(stop), all_have_written=not writing)
+
+
+@dataclass(frozen=True)
+class _Border:
+    """Between two steps, the same on every rank.
+
+    Attributes:
+        peak_memory_bytes: the most that any rank has held so far.
+        stop_requested: of any rank.
+        all_have_written: no thread is writing a checkpoint.
+    """
+
+    peak_memory_bytes: int
+    stop_requested: bool
+    all_have_written: bool

@@ -414,7 +414,7 @@ def spied_command(process, *arguments: str):
         return right_read(dataset, number)
 
     def spied_step(model, optimizer, sequences, *args, **kwargs):
-        trained.append([ids.copy() for ids in sequences])
+        trained.append([sequence.ids.copy() for sequence in sequences])
         return right_step(model, optimizer, sequences, *args, **kwargs)
 
     ShardDataset.__getitem__, trainer_module.train_step = read_sample, spied_step

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
+from comet_megatron.train.records import Callback, RunEnd, RunStart, SkipRecord, StepRecord
 from comet_megatron.train.step import BatchResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,6 +43,12 @@ class Curve(Callback):
             peak_memory_bytes=record.peak_memory_bytes,
             **({"bubble": round(record.result.bubble, 5)} if record.result.bubble else {}),
         )
+
+    def on_skip(self, record: SkipRecord) -> None:
+        self._write(step=record.step, skipped=record.why)
+
+    def on_stop(self, step: int, end: RunEnd) -> None:
+        self.on_end(end)
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:
         self._write(step=step, eval_loss=result.loss)

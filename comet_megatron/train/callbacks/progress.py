@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from comet_megatron.train.records import Callback, RunEnd, RunStart, StepRecord
+from comet_megatron.train.records import Callback, FailedSave, RunEnd, RunStart, SaveRecord, SkipRecord, StepRecord
 from comet_megatron.train.step import BatchResult
 
 LOG_FILE = "log.txt"
@@ -78,18 +78,35 @@ class Progress(Callback):
         self.held_out.append(result.loss)
         self._say(f"step {step}/{self.steps}  held-out loss {result.loss:.4f}")
 
-    def on_checkpoint(self, step: int, folder: Path) -> None:
-        self._say(f"step {step}/{self.steps}  checkpoint {folder}")
+    def on_skip(self, record: SkipRecord) -> None:
+        if self.bar is not None:
+            self.bar.update(record.step - self.bar.n)
+        counted = f"{record.in_a_row} in a row, {record.in_all} in all"
+        self._say(f"step {record.step}/{self.steps}  SKIPPED ({counted}): {record.why}")
+
+    def on_checkpoint(self, record: SaveRecord) -> None:
+        times = f"training waited {record.blocking_s:.2f} s for it; written in {record.writing_s:.2f} s"
+        self._say(f"step {record.step}/{self.steps}  checkpoint {record.folder}  ({times})")
+
+    def on_failed_save(self, failed: FailedSave) -> None:
+        self._say(
+            f"step {failed.step}/{self.steps}  NOT SAVED ({failed.in_all} in all), training goes on: {failed.why}"
+        )
+
+    def on_warning(self, text: str) -> None:
+        self._say(f"WARNING  {text}")
 
     def on_profile(self, step: int, picture: Path) -> None:
         self._say(
             f"step {step}/{self.steps}  its ops: {picture} and {picture.with_suffix('.json').name} (ui.perfetto.dev)"
         )
 
+    def on_stop(self, step: int, end: RunEnd) -> None:
+        self._close_bar()
+        self._say(f"stopped on request after step {step}; --resume goes on")
+
     def on_end(self, end: RunEnd) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self._close_bar()
         for line in (
             "",
             *(_fall("training loss", self.losses), _fall("held-out loss", self.held_out)),
@@ -101,8 +118,12 @@ class Progress(Callback):
             self._say(line)
 
     def close(self) -> None:
+        self._close_bar()
+
+    def _close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 def print_line(text: str) -> None:

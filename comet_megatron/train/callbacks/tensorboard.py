@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from comet_megatron.train.records import Callback, RunStart, StepRecord
+from comet_megatron.train.records import Callback, FailedSave, RunStart, SaveRecord, SkipRecord, StepRecord
 from comet_megatron.train.step import BatchResult
 
 
@@ -42,6 +42,16 @@ class TensorBoard(Callback):
 
     def on_evaluation(self, step: int, result: BatchResult) -> None:
         self._write({"eval/loss": result.loss}, step)
+
+    def on_skip(self, record: SkipRecord) -> None:
+        self._write({"train/skipped_steps": record.in_all}, record.step)
+
+    def on_checkpoint(self, record: SaveRecord) -> None:
+        times = {"speed/save_blocking_seconds": record.blocking_s, "speed/save_writing_seconds": record.writing_s}
+        self._write(times, record.step)
+
+    def on_failed_save(self, failed: FailedSave) -> None:
+        self._write({"train/failed_saves": failed.in_all}, failed.step)
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():

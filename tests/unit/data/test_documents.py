@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -100,3 +101,75 @@ def test_the_standard_library_and_files_may_be_given_together(tmp_path: Path) ->
     (tmp_path / "mine.txt").write_text("mine")
     files = find_documents([tmp_path / "mine.txt", "python-stdlib"]).files
     assert files[-1].path == tmp_path / "mine.txt" and len(files) == 1 + len(python_stdlib_files().files)
+
+
+ROWS = b'{"text": "eins"}\n\n{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def write_compressed(path: Path, content: bytes) -> None:
+    if path.suffix == ".gz":
+        half = len(content) // 2  # two members, as when files are joined
+        path.write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    elif path.suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        half = len(content) // 2
+        path.write_bytes(zstandard.compress(content[:half]) + zstandard.compress(content[half:]))
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_jsonl_is_read_compressed_or_not_and_the_progress_is_that_of_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write_compressed(path, ROWS)
+    source = text_files([f"{tmp_path}/*.jsonl*"])
+    assert [(d.name.rpartition(":")[2], d.text) for d in source] == [("1", "eins"), ("3", "a\nb")]
+    assert source.bytes_read == source.num_bytes == path.stat().st_size
+    assert [type(raw).__name__ for raw in source.rows()] == ["JsonLine", "JsonLine"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
+def test_a_damaged_compressed_file_is_named_with_the_last_good_line(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    write_compressed(path, ROWS * 200)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) - 3]
+    elif damage == "flipped":
+        content[len(content) // 2 : len(content) // 2 + 8] = b"\xff" * 8
+    else:
+        content = bytearray(ROWS)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged or cut off") as caught:
+        list(text_files([path]).rows())
+    assert caught.value.where.startswith(f"{path}, after line ")
+
+
+def test_a_zst_file_without_the_package_is_an_error_that_names_it_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="2 problems") as caught:
+        text_files([tmp_path / "a.jsonl.zst", tmp_path / "nowhere"])
+    assert "package zstandard" in str(caught.value) and "pip install zstandard" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_named_file_of_0_bytes_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty") as caught:
+        list(text_files([tmp_path / name]))
+    assert caught.value.where == str(tmp_path / name)
+
+
+def test_the_fingerprint_of_the_input_sees_names_sizes_and_both_ends(tmp_path: Path) -> None:
+    def fingerprint(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return text_files([tmp_path / name]).fingerprint()
+
+    long = b"a" * 200_000
+    assert fingerprint("a.txt", long) == fingerprint("a.txt", long)
+    others = {fingerprint("a.txt", x) for x in (long + b"a", b"b" + long[1:], long[:-1] + b"b", b"")}
+    assert len(others | {fingerprint("b.txt", long), fingerprint("a.txt", long)}) == 6
