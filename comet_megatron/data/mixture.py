@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,9 +95,3 @@ def _block(shares: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, 
     for source in range(len(shares)):
         ranks[sources == source] = np.arange(shares[source])
     return sources, ranks
-
-
-def expected_shares(weights: Sequence[float]) -> list[float]:
-    """Of all samples, for a summary."""
-    total = sum(weights)
-    return [w / total for w in weights]
