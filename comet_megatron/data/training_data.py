@@ -87,10 +87,10 @@ class TrainingData:
     def describe(self) -> str:
         """Where it lies, for the user."""
         if len(self.datasets) == 1:
-            return str(self.datasets[0].folder)
+            return str(self.datasets[0].place)
         total = sum(self.mixture.weights)
         parts = zip(self.datasets, self.mixture.weights, strict=True)
-        return " + ".join(f"{weight / total:.1%} {dataset.folder}" for dataset, weight in parts)
+        return " + ".join(f"{weight / total:.1%} {dataset.place}" for dataset, weight in parts)
 
     def at(self, position: int) -> TrainingSequence:
         """The sequence at a position, counted since the start of training over all ranks.

@@ -15,7 +15,8 @@ from torch import Tensor
 from comet_megatron.checkpoint.model_folder import ModelDescription, read_description
 from comet_megatron.checkpoint.sharded import load_weights, save_checkpoint, stored_precision
 from comet_megatron.config.schema import Architecture, MemorySizes
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.layout import close_layout
 from comet_megatron.parallel.process import ProcessRank

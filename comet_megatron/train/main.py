@@ -226,12 +226,12 @@ def check_fits(data: ShardDataset, key: str, start: Start) -> None:
     """
     again = "prepare the data again with the model's tokenizer (tools/prepare_data.py)"
     if len(data) == 0:
-        raise DataError(f"{key}={data.folder} holds no samples", way_out=again)
+        raise DataError(f"{key}={data.place} holds no samples", way_out=again)
     made_with, description = data.manifest.tokenizer_fingerprint, start.description
     # The checkpoint's own tokenizer has CoMeT's tokens too; it makes the same text ids.
     if made_with != description.text_tokenizer and made_with != tokenizer_fingerprint(load_tokenizer(start.tokenizer)):
         raise DataError(
-            f"{key}={data.folder} was made with another tokenizer of {data.manifest.vocab_size} ids, "
+            f"{key}={data.place} was made with another tokenizer of {data.manifest.vocab_size} ids, "
             f"the model's text has {description.memory.first_new_id}",
             way_out=again,
         )
