@@ -193,9 +193,11 @@ def _read_json(path: Path, *, versions: Sequence[int]) -> dict[str, Any]:
 
 
 def differences(found: ModelDescription, expected: ModelDescription) -> list[str]:
-    """Sizes in which two models differ, each as `hidden_size 64, not 128`."""
+    """Sizes and tokenizer in which two models differ, each as `architecture.hidden_size 64, not 128`."""
     pairs = []
     for part in ("architecture", "memory"):
         ours, theirs = to_dict(getattr(found, part)), to_dict(getattr(expected, part))
         pairs += [f"{part}.{key} {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if found.text_tokenizer != expected.text_tokenizer:
+        pairs.append(f"tokenizer {found.text_tokenizer[:12]}, not {expected.text_tokenizer[:12]}")
     return pairs

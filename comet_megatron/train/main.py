@@ -17,22 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comet_megatron.backend.quiet import quiet_libraries
-from comet_megatron.checkpoint.model_folder import (
-    ModelDescription,
-    Progress,
-    differences,
-    read_description,
-    read_progress,
-)
+from comet_megatron.checkpoint.model_folder import read_description, read_progress
 from comet_megatron.checkpoint.start import CheckpointStart, Start, open_start
 from comet_megatron.config.load import LoadedConfig, load_config, save_config
-from comet_megatron.config.rules import HF_PREFIX, check_config, check_layout, check_start, require
+from comet_megatron.config.rules import check_config, check_layout, check_start, require
 from comet_megatron.config.schema import Config
 from comet_megatron.data.cuts import CutPlan, parse_ways, sentence_end_ids
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.data.training_data import TrainingData
-from comet_megatron.errors import CheckpointError, CometError, ConfigError, DataError, report_user_errors
+from comet_megatron.errors import CometError, DataError, report_user_errors
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.train.continuation import (
     AUTO,
@@ -42,6 +36,7 @@ from comet_megatron.train.continuation import (
     plan_continuation,
     restarts_by_torchrun,
 )
+from comet_megatron.train.same_run import check_same_data, check_same_run
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     train_data, eval_data = open_data(loaded.config, start)
     if plan.newest is not None:
-        check_same_data(read_progress(plan.newest), train_data)
+        check_same_data(plan.newest, loaded.config, train_data)
     quiet_libraries()
     from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
 
@@ -141,53 +136,6 @@ def _is_over(checkpoint: Path, config: Config, process: ProcessRank) -> bool:
     if process.rank == 0:
         print(f"nothing to do: the run has done {step} of {config.train.steps} steps; its checkpoint is {checkpoint}")
     return True
-
-
-def check_same_run(
-    checkpoint: Path, config: Config, description: ModelDescription, *, may_be_over: bool = False
-) -> list[CometError]:
-    """What a resumed run would have otherwise than the run it continues."""
-    progress, problems = read_progress(checkpoint), []
-    origin = Path(config.model.path or config.model.init_from.removeprefix(HF_PREFIX))
-    if origin.exists() and (other := differences(description, _description_of(config) or description)):
-        what = f"{checkpoint} is of another model than {origin}: {'; '.join(other[:5])}"
-        key = "model.init_from" if config.model.init_from else "model.path"
-        problems.append(CheckpointError(what, way_out=f"resume with the {key} the run was started with"))
-    if progress.step >= config.train.steps and not may_be_over:
-        what = f"the run has done {progress.step} steps already and train.steps={config.train.steps}"
-        way_out = "raise train.steps, or export its last checkpoint with tools/convert_to_hf.py"
-        problems.append(ConfigError(what, way_out=way_out))
-    for key, was, now in (
-        ("train.trainable", progress.trainable, config.train.trainable),
-        ("parallel.zero1", progress.zero1, config.parallel.zero1),
-        ("train.global_batch_size", progress.global_batch_size, config.train.global_batch_size),
-        ("data.seed", progress.data_seed, config.data.seed),
-    ):
-        if was != now:
-            what = f"the run was started with {key}={was}, not {now}"
-            way_out = "resume with the same; for another, start a new run from its exported model"
-            problems.append(ConfigError(what, way_out=way_out))
-    return problems
-
-
-def _description_of(config: Config) -> ModelDescription | None:
-    """The model that the run was started from, if it is still whole."""
-    try:
-        return open_start(config).description
-    except CometError:
-        return None
-
-
-def check_same_data(progress: Progress, data: TrainingData) -> None:
-    """
-    Raises:
-        DataError: the run was started with other training data: samples would be skipped or repeated.
-    """
-    if data.fingerprint != progress.data_fingerprint:
-        raise DataError(
-            f"data.train={data.describe()} is not the data the run was started with, or is cut in another way",
-            way_out="resume with the same shards and data.chunks; for others, start a new run from its exported model",
-        )
 
 
 def open_data(config: Config, start: Start) -> tuple[TrainingData, ShardDataset | None]:
