@@ -19,7 +19,7 @@ from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.data.training_data import TrainingData
 from comet_megatron.errors import CheckpointError, CometError, ConfigError, DataError
 
-_OF_THE_CUTS = ("chunks", "max_stride")  # of the section data
+_SETTINGS = ("chunks", "max_stride", "pack_tokens")  # of the section data, that decide what a step reads
 
 
 def check_same_run(
@@ -100,16 +100,16 @@ def check_same_data(checkpoint: Path, config: Config, data: TrainingData) -> Non
     if data.fingerprint == expected:
         return
     was = _config_of(checkpoint)
-    pairs = [(name, getattr(was.data, name), getattr(config.data, name)) for name in _OF_THE_CUTS] if was else []
+    pairs = [(name, getattr(was.data, name), getattr(config.data, name)) for name in _SETTINGS] if was else []
     other = [f"data.{name}={now}, was {before}" for name, before, now in pairs if before != now]
     if not other:
         other = [f"its fingerprint is {data.fingerprint[:12]}, was {expected[:12]}"]
         if was and was.data.train != config.data.train:
             other.append(f"data.train was {was.data.train}")
     raise DataError(
-        f"data.train={data.describe()} is not the data the run was started with, or is cut in another way: "
-        + "; ".join(other),
-        way_out="resume with the same shards and data.chunks; for others, start a new run from its exported model",
+        f"data.train={data.describe()} is not the data the run was started with, or is mixed, packed "
+        "or cut in another way: " + "; ".join(other),
+        way_out="resume with the same data and settings; for others, start a new run from its exported model",
     )
 
 
