@@ -32,8 +32,8 @@ from comet_megatron.errors import DataError
 from comet_megatron.new_folder import new_folder
 
 FORMAT = "comet_megatron.shards"
-VERSION = 2  # 1 had no loss masks
-READABLE_VERSIONS = (1, 2)
+VERSION = 3  # 1 had no loss masks, 2 no checksum of the manifest
+READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 IDS_MEMBER = "ids.npy"
@@ -280,8 +280,7 @@ class ShardWriter:
             fingerprint=self._digest.hexdigest(),
             index_sha256=hashlib.sha256(index_bytes.getvalue()).hexdigest(),
         )
-        text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
-        (self.folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        (self.folder / MANIFEST_NAME).write_text(manifest_text(asdict(manifest)), encoding="utf-8")
         return manifest
 
     def _count(self, ids: np.ndarray, mask: np.ndarray | None, num_labels: int) -> None:
@@ -429,6 +428,16 @@ def _array_from_npy(payload: bytes, *, what: str, where: str) -> np.ndarray:
         raise DataError(f"the {what} are damaged: {reason}", where=where, way_out=PREPARE_AGAIN) from error
 
 
+def manifest_text(values: Mapping[str, Any]) -> str:
+    """The content of manifest.json, with a checksum of the values."""
+    return json.dumps({**values, "checksum": _manifest_checksum(values)}, indent=2, sort_keys=True) + "\n"
+
+
+def _manifest_checksum(values: Mapping[str, Any]) -> str:
+    """CRC-32 of the values, 8 hex digits: it finds damage, not forgery."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read manifest.json.
 
@@ -451,10 +460,12 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
         what = f"the manifest is damaged: {type(error).__name__} {error}"
         raise DataError(what, where=str(path), way_out=PREPARE_AGAIN) from error
     if found[0] != FORMAT or found[1] not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         what = f"the manifest is {found[0]} version {found[1]}; this code reads {FORMAT} versions {readable}"
         raise DataError(what, where=str(path), way_out="prepare the data again with tools/prepare_data.py")
     try:
+        if found[1] >= 3 and values.pop("checksum") != _manifest_checksum(values):
+            raise ValueError("its checksum is not that of what it says")
         if found[1] == 1:  # no masks: every token carries loss
             values["num_labels"] = values["num_tokens"]
         values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
