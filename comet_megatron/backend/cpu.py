@@ -5,7 +5,8 @@ device. It costs nothing per torch call. Three kinds of change, each beside the 
 
 1. attributes of `torch.cuda`, which nothing else can use on a machine without a device;
 2. the string constants 'cuda' and 'torch.cuda.XTensor' in the functions of the modules listed below;
-3. a few Megatron functions: CUDA generators, the forking checkpoint writer, torch's Adam in the distributed optimizer.
+3. a few Megatron functions: CUDA generators, torch's Adam in the distributed optimizer, and what writes checkpoints
+   (checkpoints_cpu.py).
 
 Line numbers are of megatron-core 0.16.1.
 """
@@ -16,14 +17,13 @@ import contextlib
 import importlib
 import inspect
 import logging
-import queue
-import threading
-import time
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from comet_megatron.backend.checkpoints_cpu import gather_optimizer_state_in_one_copy, replace_checkpoint_writer
 
 _MODULES_WITH_DEVICE_LITERALS = (
     "megatron.core.utils",  # 656, 1207
@@ -61,8 +61,9 @@ def run_megatron_on_cpu() -> None:
     for name in _MODULES_WITH_DEVICE_LITERALS:
         _replace_device_literals(importlib.import_module(name))
     _replace_generators()
-    _replace_checkpoint_writer()
+    replace_checkpoint_writer()
     _mend_torch_adam()
+    gather_optimizer_state_in_one_copy()
 
 
 def _on_cpu(constant: Any) -> Any:
@@ -142,60 +143,6 @@ def _replace_generators() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # random.py:275 warns each time the "GPU" generator moved the CPU one: here they are one
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _replace_checkpoint_writer() -> None:
-    """Write checkpoint files in this process.
-
-    filesystem_async.py:310 forks a writer per file out of a process that has gloo and OpenMP threads, and :50 starts
-    a Manager with `spawn`, which imports the caller's main module again.
-    """
-    from megatron.core.dist_checkpointing.strategies import async_utils
-    from megatron.core.dist_checkpointing.strategies import filesystem_async as files
-
-    class NoCount:  # a forked writer would report its end through a JoinableQueue
-        def get(self) -> None:
-            pass
-
-        def task_done(self) -> None:
-            pass
-
-    def write(transforms, use_msc, rank, write_buckets, results_queue):
-        results = {}
-        for number, bucket in enumerate(write_buckets):
-            done = queue.Queue()
-            files.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, done, NoCount(), use_fsync=True, use_msc=use_msc
-            )
-            _, result = done.get()
-            if isinstance(result, Exception):
-                results = result
-                break
-            results[number] = result
-        results_queue.put(results)
-
-    def preload(write_buckets, non_blocking=True):  # :224 `.to("cpu")` is no copy here
-        return [
-            (path, key, (data, [(item, tensor.detach().clone()) for item, tensor in tensors]))
-            for path, key, (data, tensors) in write_buckets
-        ]
-
-    def schedule(self, request):  # async_utils.py:214 forks; a thread on the clones is enough
-        if request.async_fn is None:
-            return
-        args = list(request.async_fn_args)
-        if request.preload_fn:
-            args[1] = request.preload_fn()
-        self.start_time = time.time()
-        self.process = threading.Thread(target=request.async_fn, args=args, kwargs=request.async_fn_kwargs)
-        self.process.start()
-
-    async_utils.TemporalAsyncCaller.schedule_async_call = schedule
-    files.FileSystemWriterAsync.preload_tensors = staticmethod(preload)
-    files.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
-    files._get_write_results_queue = queue.Queue
-    if not files.HAVE_PSUTIL:  # :636 raises without psutil, in the child, and the parent waits for ever
-        raise RuntimeError("psutil is not installed; Megatron's checkpoint writer needs it (pip install psutil)")
 
 
 def _mend_torch_adam() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from comet_megatron.checkpoint.checksums import check_weights
 from comet_megatron.errors import CometError, OutputError
+from comet_megatron.parallel.layout import Layout
 
 
 @contextmanager
@@ -39,6 +41,22 @@ def failing_together(where: Path, *, what: str = "the checkpoint cannot be writt
                 where=str(where),
                 way_out="free space on the disk, or make the folder writable; checkpoints that are there stay whole",
             ) from problem
+
+
+def find_damage(checkpoint: Path, layout: Layout) -> CometError | None:
+    """What is wrong with the weights of a checkpoint, the same on every rank; None: nothing.
+
+    Each rank reads its share of the files, so that all together read each once; the load that follows finds them in
+    memory. Communicates on the world.
+    """
+    own: CometError | None = None
+    try:
+        check_weights(checkpoint, share=layout.rank, shares=layout.world_size)
+    except CometError as error:
+        own = error
+    problems: list[CometError | None] = [None] * layout.world_size
+    dist.all_gather_object(problems, own)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def reason_of(error: BaseException) -> str:

@@ -124,6 +124,16 @@ def check_sums(folder: Path, sums: Mapping[str, FileSum], names: Iterable[str]) 
             raise _damaged(folder, f"{name} has the checksum {found.crc32}, not {sums[name].crc32}")
 
 
+def check_weights(folder: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Sums of the files that `check_quickly` leaves out, or of every `shares`-th of them.
+
+    Raises:
+        CheckpointError: names the first one that is missing or damaged.
+    """
+    sums = read_checksums(folder) or {}
+    check_sums(folder, sums, sorted(name for name in sums if is_large(name))[share::shares])
+
+
 def check_size(folder: Path, name: str, expected: FileSum) -> None:
     """
     Raises:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import comet_megatron.hf
+from comet_megatron.checkpoint.checksums import check_weights
 from comet_megatron.checkpoint.hf_config import backbone_vocabulary, hf_config_of
 from comet_megatron.checkpoint.hf_folder import INDEX, raise_problems
 from comet_megatron.checkpoint.hf_rules import Rule, Shape, Vocabulary, plan_rules
@@ -78,6 +79,7 @@ def export_hf(
     """
     assert layout.world_size == 1
     description = read_description(checkpoint)
+    check_weights(checkpoint)
     tokenizer_folder = checkpoint / TOKENIZER
     tokenizer = check_tokenizer_loads(tokenizer_folder, way_out="use another checkpoint, or copy its tokenizer/ again")
     if len(tokenizer) > description.architecture.vocab_size:

@@ -12,6 +12,7 @@ from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import TOKENIZER, ModelDescription, read_description
 from comet_megatron.config.rules import HF_PREFIX
 from comet_megatron.config.schema import Config, to_dict
+from comet_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:  # both load torch, which is not done before a configuration is checked
     from comet_megatron.checkpoint.hf_import import ImportPlan
@@ -49,9 +50,16 @@ class CheckpointStart:
         return self.path / TOKENIZER
 
     def load_weights(self, stage: CometStage, layout: Layout) -> None:
-        """See Start. Communicates on the world."""
+        """See Start. Communicates on the world.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or the weights have other sizes.
+        """
+        from comet_megatron.checkpoint.agreement import find_damage
         from comet_megatron.checkpoint.sharded import load_weights
 
+        if problem := find_damage(self.path, layout):
+            raise CheckpointError(problem.what, way_out="convert again, or copy the whole folder again")
         load_weights(self.path, stage, layout)
 
 

@@ -19,6 +19,7 @@ from comet_megatron.errors import OutputError
 from comet_megatron.new_folder import check_is_new, make_folder, new_folder, told_of_a_full_disk
 
 JOURNAL_NAME = "journal.jsonl"
+JOURNAL_VERSION = 1
 _LOCK_NAME = "lock"
 
 
@@ -32,18 +33,27 @@ class Journal:
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
         """
         Raises:
-            OutputError: the folder holds what another call left unfinished; names what differs.
+            OutputError: the folder holds what another call left unfinished; names what differs. Or a journal of
+                another version.
         """
         self.path = folder / JOURNAL_NAME
         self.entries: list[dict[str, Any]] = []
-        first, *self.entries = _read_entries(self.path) or [dict(made_from)]
+        self._first = {"journal_version": JOURNAL_VERSION, **made_from}
+        first, *self.entries = _read_entries(self.path) or [dict(self._first)]
+        # The first journals told no version.
+        if (version := first.pop("journal_version", 1)) != JOURNAL_VERSION:
+            raise OutputError(
+                f"the journal of an interrupted run is of version {version}, but this program reads {JOURNAL_VERSION}",
+                where=str(self.path),
+                way_out=f"continue with the version of comet_megatron that began it, or begin anew: rm -r {folder}",
+            )
         if different := differences(first, made_from):
             raise OutputError(
                 "an interrupted run with other settings lies here: " + "; ".join(different),
                 where=str(folder),
                 way_out=f"give the same settings to continue it, or delete it to begin anew: rm -r {folder}",
             )
-        self.rewrite([dict(made_from), *self.entries])
+        self.rewrite(self.entries)
 
     @property
     def is_worth_keeping(self) -> bool:
@@ -58,11 +68,11 @@ class Journal:
         self._num_written += 1
 
     def rewrite(self, entries: list[dict[str, Any]]) -> None:
-        """Put these in the place of all."""
+        """Put these in the place of all; what the folder is made from stays."""
         new = self.path.with_suffix(".new")
-        new.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        new.write_text("".join(json.dumps(entry) + "\n" for entry in (self._first, *entries)), encoding="utf-8")
         os.replace(new, self.path)
-        self.entries, self._num_written = entries[1:], len(entries)
+        self.entries, self._num_written = entries, 1 + len(entries)
 
     def close(self) -> None:
         """Take the journal and the lock away: the folder is complete."""

@@ -187,7 +187,7 @@ class _Preparation:
                 whole[name] = self._take_up_shard(name, entry)
                 if whole[name]:
                     taken.append(entry)
-        self.journal.rewrite([dict(self.made_from), *taken])
+        self.journal.rewrite(taken)
         known = {(entry["part"], entry["shard"]["name"]) for entry in taken}
         for name in _PARTS:
             for path in (self.folder / name).glob("*"):

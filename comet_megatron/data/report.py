@@ -12,6 +12,7 @@ import numpy as np
 
 from comet_megatron.data.shards import Manifest, load_index
 from comet_megatron.data.tokenise import Tokenised
+from comet_megatron.errors import OutputError
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "lengths.png"
@@ -169,10 +170,18 @@ def draw_lengths(path: Path, counts: PartCounts, sample_lengths: np.ndarray) -> 
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:
-    """The content of report.json; None if it is not there or is not one."""
+    """The content of report.json; None if it is not there or is not one.
+
+    Raises:
+        OutputError: it is of another version.
+    """
+    path = folder / REPORT_NAME
     try:
-        content = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        is_ours = content["version"] == REPORT_VERSION and isinstance(content["made_from"], dict)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, is_ours = content["version"], isinstance(content["made_from"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if is_ours and version != REPORT_VERSION:
+        what = f"the output is finished, its report of version {version}, but this program reads {REPORT_VERSION}"
+        raise OutputError(what, where=str(path), way_out="give the name of a new folder, or delete this one first")
     return content if is_ours else None

@@ -33,6 +33,7 @@ from comet_megatron.data.shards import (
     ShardIndex,
     ShardInfo,
     ids_from_npy,
+    manifest_text,
     mask_from_npy,
     npy_bytes,
 )
@@ -199,8 +200,7 @@ class ShardWriter:
             fingerprint=self._digest.hexdigest(),
             index_sha256=hashlib.sha256(index_bytes.getvalue()).hexdigest(),
         )
-        text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
-        (self.folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        (self.folder / MANIFEST_NAME).write_text(manifest_text(asdict(manifest)), encoding="utf-8")
         return manifest
 
     def _count(self, ids: np.ndarray, mask: np.ndarray | None, num_labels: int) -> None:

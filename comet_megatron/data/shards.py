@@ -17,6 +17,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ from comet_megatron.data.storage import DataFolder, is_url, join, open_folder
 from comet_megatron.errors import DataError
 
 FORMAT = "comet_megatron.shards"
-VERSION = 2  # 1 had no loss masks
-READABLE_VERSIONS = (1, 2)
+VERSION = 3  # 1 had no loss masks, 2 no checksum of the manifest
+READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 IDS_MEMBER = "ids.npy"
@@ -159,6 +160,16 @@ def _array_from_npy(payload: bytes, *, what: str, where: str) -> np.ndarray:
         raise DataError(f"the {what} are damaged: {reason}", where=where, way_out=PREPARE_AGAIN) from error
 
 
+def manifest_text(values: Mapping[str, Any]) -> str:
+    """The content of manifest.json, with a checksum of the values."""
+    return json.dumps({**values, "checksum": _manifest_checksum(values)}, indent=2, sort_keys=True) + "\n"
+
+
+def _manifest_checksum(values: Mapping[str, Any]) -> str:
+    """CRC-32 of the values, 8 hex digits: it finds damage, not forgery."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
 def load_manifest(place: str | os.PathLike[str] | DataFolder) -> Manifest:
     """Read manifest.json of a folder, or of a URL's.
 
@@ -177,10 +188,12 @@ def load_manifest(place: str | os.PathLike[str] | DataFolder) -> Manifest:
         what = f"the manifest is damaged: {type(error).__name__} {error}"
         raise DataError(what, where=path, way_out=PREPARE_AGAIN) from error
     if found[0] != FORMAT or found[1] not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         what = f"the manifest is {found[0]} version {found[1]}; this code reads {FORMAT} versions {readable}"
         raise DataError(what, where=path, way_out="prepare the data again with tools/prepare_data.py")
     try:
+        if found[1] >= 3 and values.pop("checksum") != _manifest_checksum(values):
+            raise ValueError("its checksum is not that of what it says")
         if found[1] == 1:  # no masks: every token carries loss
             values["num_labels"] = values["num_tokens"]
         values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])

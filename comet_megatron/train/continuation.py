@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comet_megatron.checkpoint.checksums import check_sums, is_large, read_checksums
 from comet_megatron.checkpoint.run_folder import (
     check_is_new_run,
     check_is_run,
@@ -85,35 +84,23 @@ def restarts_by_torchrun() -> int:
 def choose_checkpoint(run: Path, plan: Continuation, layout: Layout) -> tuple[Path, list[str]]:
     """The newest checkpoint whose every file is what was written, and lines for the user.
 
-    Each rank reads its share of the files, so that all together read each once; the load that follows finds them in
-    memory. Communicates on the world.
+    Communicates on the world.
 
     Raises:
         CheckpointError: on all ranks: all are damaged.
     """
     import torch.distributed as dist
 
+    from comet_megatron.checkpoint.agreement import find_damage
+
     candidates: list[Sequence[Path]] = [plan.checkpoints]
     dist.broadcast_object_list(candidates, src=0)  # what the main rank saw counts
     damaged: list[CometError] = []
     for checkpoint in candidates[0]:
-        problems: list[CometError | None] = [None] * layout.world_size
-        dist.all_gather_object(problems, _check_share(checkpoint, layout))
-        problem = next((p for p in problems if p is not None), None)
-        if problem is None:
+        if (problem := find_damage(checkpoint, layout)) is None:
             return checkpoint, [*(_tell(error) for error in damaged), *plan.told]
         damaged.append(problem)
     raise nothing_to_resume(run, [*damaged, *plan.damaged])
-
-
-def _check_share(checkpoint: Path, layout: Layout) -> CometError | None:
-    try:
-        sums = read_checksums(checkpoint) or {}
-        large = sorted(name for name in sums if is_large(name))
-        check_sums(checkpoint, sums, large[layout.rank :: layout.world_size])
-    except CometError as error:
-        return error
-    return None
 
 
 def prepare_run_folder(run: Path, plan: Continuation, layout: Layout) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
-from comet_megatron.checkpoint.checksums import CHECKSUMS, read_checksums
+from comet_megatron.checkpoint.checksums import CHECKSUMS, read_checksums, write_checksums
 from comet_megatron.checkpoint.model_folder import PROGRESS_VERSION, read_progress, read_saved_with
 from comet_megatron.checkpoint.run_folder import checkpoint_folder, complete_checkpoints, step_of
 from comet_megatron.config.load import load_config
+from comet_megatron.errors import ConfigError
 from comet_megatron.testing.runs import run_command, write_config, write_data, write_start
 from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
 from comet_megatron.train.callbacks.curve import read_metrics
@@ -115,6 +117,25 @@ class TestContents:
         shutil.rmtree(checkpoint_folder(run, 7))
         _, message = train(pool, 1, config, "--resume", code=2)
         assert f"format version {PROGRESS_VERSION + 1}" in message and "progress.json" in message
+
+    @pytest.mark.parametrize("name", ["model.json", "progress.json", "saved_with.json", CHECKSUMS])
+    def test_a_file_of_a_newer_version_is_refused_by_name(self, name, run, capsys):
+        folder = checkpoint_folder(run, 6)
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "format_version": 9}))
+        if name != CHECKSUMS:  # as the version that wrote it would have summed it up
+            write_checksums(folder, {})
+        else:
+            (folder / "complete").write_text(f"{zlib.crc32((folder / name).read_bytes()):08x}\n")
+        assert inspect(folder) == 2
+        message = capsys.readouterr().err
+        assert "format version 9" in message and str(folder / name) in message and "Traceback" not in message
+
+    def test_a_config_with_a_setting_of_a_newer_version_is_refused_by_name(self, finished, tmp_path):
+        path = tmp_path / "config.yaml"
+        path.write_text((checkpoint_folder(finished, 6) / "config.yaml").read_text() + "later:\n  setting: 1\n")
+        with pytest.raises(ConfigError, match="later"):
+            load_config(path)
 
     def test_the_tool_prints_it_and_verifies_it(self, finished, capsys):
         assert inspect(checkpoint_folder(finished, 6)) == 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from comet_megatron.checkpoint.checksums import read_checksums
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.saving import Contents, Saving
 from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.model.build import build_stage
+from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.testing.runs import weights_of
 from comet_megatron.testing.tiny import (
     build_oracle,
@@ -20,30 +23,37 @@ from comet_megatron.testing.tiny import (
     oracle_tensors,
     tiny_architecture,
     tiny_memory,
+    tiny_sequences,
     weights,
     whole_tensors,
 )
 from comet_megatron.train.model import build_trainable
 from comet_megatron.train.optimizer import build_optimizer
+from comet_megatron.train.step import train_step
 
 
-def save_while_training(process, folder: Path, tokenizer: Path, zero1: bool) -> dict[str, torch.Tensor]:
-    """The weights when the save began; all of them are changed before its thread may write."""
+def save_twice(process, folder: Path, tokenizer: Path, zero1: bool, precision: str) -> dict[str, torch.Tensor]:
+    """Save a state that training has made, then save it again: all of it is changed before the thread may write.
+
+    Returns: the weights that were saved.
+    """
     layout = layout_of(process)
     architecture, memory = tiny_architecture(num_layers=1), tiny_memory()
-    stage = build_stage(architecture, memory, layout.groups)
+    stage = build_stage(architecture, memory, layout.groups, precision=precision)
     load_hf_tensors(stage, oracle_tensors(build_oracle(architecture, memory)))
     model = build_trainable({0: stage}, layout, zero1=zero1)
-    optimizer = build_optimizer(model, OptimizerSection(), precision="fp32", zero1=zero1)
+    optimizer = build_optimizer(model, OptimizerSection(), precision=precision, zero1=zero1)
+    train_step(model, optimizer, tiny_sequences((50,)), layout, settings=BackwardSettings(), step=1)
     before = {name: tensor.clone() for name, tensor in whole_tensors(stage, weights(stage)).items()}
+    contents = Contents(ModelDescription(architecture, memory, {"model_type": "qwen3"}), tokenizer)
+    Saving.start(folder / "alone", stage, optimizer, layout, contents=contents).finish()
     may_write, write = threading.Event(), Saving._write
     Saving._write = lambda self, *arguments: (may_write.wait(60), write(self, *arguments))[1]
     try:
-        contents = Contents(ModelDescription(architecture, memory, {"model_type": "qwen3"}), tokenizer)
-        saving = Saving.start(folder, stage, optimizer, layout, contents=contents)
+        saving = Saving.start(folder / "beside", stage, optimizer, layout, contents=contents)
         with torch.no_grad():
-            for param in stage.parameters():
-                param.fill_(7.0)
+            for tensor in trained_tensors(stage, optimizer):
+                tensor.fill_(7.0)
         may_write.set()
         saving.finish()
     finally:
@@ -51,12 +61,59 @@ def save_while_training(process, folder: Path, tokenizer: Path, zero1: bool) -> 
     return before
 
 
+def trained_tensors(stage, optimizer) -> Iterator[torch.Tensor]:
+    """All that a step changes: weights, their fp32 masters, moments, numbers of steps."""
+    yield from stage.parameters()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero1", [False, True])
-def test_what_is_saved_is_what_was_there_when_the_save_began(zero1, tmp_path, pool):
+def test_what_is_saved_is_what_was_there_when_the_save_began(zero1, precision, tmp_path, pool):
     (tmp_path / "tokenizer").mkdir()
     for world in (1, 2):
         folder = tmp_path / f"saved_{world}"
-        before = pool(world).run(save_while_training, folder, tmp_path / "tokenizer", zero1)[0]
-        found = pool(1).run(weights_of, folder)[0]
+        before = pool(world).run(save_twice, folder, tmp_path / "tokenizer", zero1, precision)[0]
+        found = pool(1).run(weights_of, folder / "beside")[0]
         assert found.keys() == before.keys()
         assert all(torch.equal(found[name], before[name]) for name in before)
+        alone, beside = (read_checksums(folder / name) for name in ("alone", "beside"))
+        del alone["weights/.metadata"], beside["weights/.metadata"]  # the folder's name is in it
+        assert alone == beside and any(name.endswith(".distcp") for name in alone)
+
+
+def copied_bytes(process, folder: Path, tokenizer: Path) -> tuple[int, int]:
+    """Bytes that a save clones, and those of the files it writes."""
+    layout = layout_of(process)
+    architecture, memory = tiny_architecture(), tiny_memory()
+    stage = build_stage(architecture, memory, layout.groups)
+    load_hf_tensors(stage, oracle_tensors(build_oracle(architecture, memory)))
+    model = build_trainable({0: stage}, layout, zero1=True)
+    optimizer = build_optimizer(model, OptimizerSection(), precision="fp32", zero1=True)
+    train_step(model, optimizer, tiny_sequences((50,)), layout, settings=BackwardSettings(), step=1)
+    contents = Contents(ModelDescription(architecture, memory, {"model_type": "qwen3"}), tokenizer)
+    clone, cloned = torch.Tensor.clone, 0
+
+    def counted(self, *given, **named):
+        nonlocal cloned
+        cloned += self.numel() * self.itemsize
+        return clone(self, *given, **named)
+
+    torch.Tensor.clone = counted
+    try:
+        saving = Saving.start(folder, stage, optimizer, layout, contents=contents)
+    finally:
+        torch.Tensor.clone = clone
+    saving.finish()
+    return cloned, 16 * sum(param.numel() for param in stage.parameters())
+
+
+def test_a_save_clones_the_state_once(tmp_path, pool):
+    """Views were cloned twice: once to have memory of their own, and once more with all the others."""
+    (tmp_path / "tokenizer").mkdir()
+    ((cloned, state),) = pool(1).run(copied_bytes, tmp_path / "saved", tmp_path / "tokenizer")
+    assert state <= cloned < 1.05 * state

@@ -190,7 +190,8 @@ def save_small_tokenizer(folder: Path) -> None:
 def other_tokenizer(folder: Path) -> None:
     """Data that says it was made with a tokenizer which is not the checkpoint's."""
     save_small_tokenizer(folder / "start" / "tokenizer")
-    edit_json("data/manifest.json", tokenizer_fingerprint="other")(folder)
+    shutil.rmtree(folder / "data")
+    write_data(folder / "data", tiny_sequences((40, 50, 33)), tokenizer_fingerprint="other")
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ TRAIN = {
         ("of other sizes",), edit_json("start/model.json", architecture__hidden_size=128)
     ),
     "weights of fewer layers": Mistake(("of other sizes",), edit_json("start/model.json", architecture__num_layers=2)),
-    "truncated weights": Mistake(("weights cannot be loaded",), truncate("start/weights/*.distcp")),
+    "truncated weights": Mistake(("is damaged: weights/__0_0.distcp has",), truncate("start/weights/*.distcp")),
     "missing weights": Mistake(("weights",), remove("start/weights")),
     "heads that groups do not divide": Mistake(
         ("num_query_groups=3", "num_attention_heads=8"),
@@ -492,7 +493,7 @@ EXPORT = {
     "an empty folder": Mistake(("is empty",), empty("start")),
     "a checkpoint not written to the end": Mistake(("not written to the end",), remove("start/complete")),
     "no tokenizer in the checkpoint": Mistake(("tokenizer",), nothing),  # the tiny start has an empty one
-    "truncated weights": Mistake(("weights cannot be",), truncate("start/weights/*.distcp")),
+    "truncated weights": Mistake(("is damaged: weights/__0_0.distcp has",), truncate("start/weights/*.distcp")),
     "weights of another size": Mistake(
         ("of other sizes",), edit_json("start/model.json", architecture__ffn_hidden_size=64)
     ),

@@ -85,7 +85,7 @@ def test_data_without_masks_has_the_fingerprint_and_the_index_it_had_in_version_
 def test_a_folder_of_version_1_is_read_and_every_token_carries_loss(shard_dir: Path, samples) -> None:
     path = shard_dir / "manifest.json"
     values = json.loads(path.read_text())
-    del values["num_labels"]
+    del values["num_labels"], values["checksum"]
     path.write_text(json.dumps(values | {"version": 1}))
     dataset = ShardDataset(shard_dir)
     assert dataset.manifest.num_labels == dataset.num_tokens

@@ -96,6 +96,35 @@ def leave_unfinished(rows: Path, tokenizer: Any, output: Path) -> Path:
     return partial
 
 
+def set_version(path: Path, key: str, version: int | None) -> None:
+    """In the first line, which is a JSON object, or in the one object that the file holds."""
+    first, *rest = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    content = json.loads(first)
+    content.pop(key)
+    path.write_text("\n".join([json.dumps(content if version is None else {key: version, **content}), *rest]) + "\n")
+
+
+def test_a_journal_of_a_newer_version_is_refused_by_name_and_one_without_a_version_is_continued(
+    rows: Path, tokenizer: Any, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    journal = leave_unfinished(rows, tokenizer, tmp_path / "out") / JOURNAL_NAME
+    set_version(journal, "journal_version", 2)
+    before = content_of(journal.parent)
+    with pytest.raises(OutputError, match="is of version 2, but this program reads 1") as caught:
+        prepare(rows, tokenizer, tmp_path / "out")
+    assert caught.value.where == str(journal) and content_of(journal.parent) == before
+    set_version(journal, "journal_version", None)
+    prepare(rows, tokenizer, tmp_path / "out")
+    assert content_of(tmp_path / "out") == undisturbed
+
+
+def test_a_report_of_a_newer_version_is_refused_by_name(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    prepare(rows, tokenizer, tmp_path / "out")
+    set_version(tmp_path / "out" / "report.json", "version", 2)
+    with pytest.raises(OutputError, match="report of version 2, but this program reads 1"):
+        prepare(rows, tokenizer, tmp_path / "out")
+
+
 def damage_last_line(partial: Path) -> None:
     journal = partial / JOURNAL_NAME
     journal.write_bytes(journal.read_bytes()[:-10])

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 
 from comet_megatron.data.shard_writer import index_shard, write_shards
-from comet_megatron.data.shards import Sample, ShardIndex, load_index, load_manifest
+from comet_megatron.data.shards import Sample, ShardIndex, load_index, load_manifest, manifest_text
 from comet_megatron.errors import DataError, OutputError
 
 OPTIONS = {"tokenizer_fingerprint": "f" * 64, "vocab_size": 1000, "settings": {}}
@@ -168,8 +168,9 @@ def test_a_key_sorts_as_its_sample(shard_dir: Path) -> None:
 def test_a_manifest_that_makes_no_sense_is_refused(shard_dir: Path, change, complaint: str) -> None:
     path = shard_dir / "manifest.json"
     values = json.loads(path.read_text())
+    del values["checksum"]
     change(values)
-    path.write_text(json.dumps(values))
+    path.write_text(manifest_text(values))
     with pytest.raises(DataError, match=complaint) as caught:
         load_manifest(shard_dir)
     assert caught.value.where == str(path) and caught.value.way_out
