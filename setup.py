@@ -17,6 +17,7 @@ REQUIRES = [
     "sentencepiece>=0.2",  # training tokenizers
     "tokenizers>=0.22",  # what a trained tokenizer is exported to
     "webdataset>=0.2.111",  # the tar shards' convention and writer
+    "fsspec>=2024.2",  # shards behind URLs; torch and huggingface-hub bring it
     "omegaconf>=2.3",  # YAML with dotted overrides on dataclasses
     "PyYAML>=6",  # line numbers of a configuration's keys, for messages
     "numpy>=1.26",  # token arrays, the index of shards

@@ -31,7 +31,8 @@ from figures import Report, ratio, spread
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.documents import python_stdlib_files, text_files
 from comet_megatron.data.prepare import PrepareSettings, prepare_data
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.data.tokenizer import encode, load_tokenizer
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "python_stdlib_4k"

@@ -24,7 +24,7 @@ from comet_megatron.config.schema import Architecture, MemorySizes, from_dict, t
 from comet_megatron.errors import CheckpointError
 
 FORMAT_VERSION = 1  # of model.json and saved_with.json
-PROGRESS_VERSION = 2  # 1 had no skipped steps
+PROGRESS_VERSION = 3  # 1 had no skipped steps, 2 no bad samples
 SAVED_WITH = "saved_with.json"
 CONFIG = "config.yaml"
 COMPLETE = "complete"
@@ -59,6 +59,7 @@ class Progress:
         trainable, zero1: of the optimizer's state.
         skipped: steps of these that changed nothing; skipped_in_a_row: the last ones.
         recent_norms: of the gradients of the last steps that were not skipped, oldest first.
+        bad_samples: sequences that were left out because a sample was damaged.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_norms: tuple[float, ...] = ()
+    bad_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def read_description(folder: Path) -> ModelDescription:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read progress.json of a training run's checkpoint; one of version 1 had skipped nothing."""
+    """Read progress.json of a training run's checkpoint; what older versions did not have is 0."""
     path = folder / "progress.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is a starting checkpoint, not one of a training run", way_out="omit --resume")
@@ -193,9 +195,11 @@ def _read_json(path: Path, *, versions: Sequence[int]) -> dict[str, Any]:
 
 
 def differences(found: ModelDescription, expected: ModelDescription) -> list[str]:
-    """Sizes in which two models differ, each as `hidden_size 64, not 128`."""
+    """Sizes and tokenizer in which two models differ, each as `architecture.hidden_size 64, not 128`."""
     pairs = []
     for part in ("architecture", "memory"):
         ours, theirs = to_dict(getattr(found, part)), to_dict(getattr(expected, part))
         pairs += [f"{part}.{key} {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if found.text_tokenizer != expected.text_tokenizer:
+        pairs.append(f"tokenizer {found.text_tokenizer[:12]}, not {expected.text_tokenizer[:12]}")
     return pairs

@@ -27,10 +27,11 @@ from comet_megatron.config.schema import REQUIRED, Config, to_dict
 from comet_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
+WANTED = {"data.train": "a path, or a list such as [[DATA/code, 0.7], [DATA/chats, 0.3]]"}  # beyond what types say
 INSTEAD_OF = {"model.path": "model.init_from"}  # a required key that need not be given where the other is
 LAUNCHER_SECTION = "recipe"  # launch/recipe.py reads it: what is prepared before training
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
-_NULL, _STRING = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+_NULL, _STRING, _LIST = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq"))
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,16 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     given = collector.given
 
     values: dict[str, Any] = {}
-    interpolated: dict[str, str] = {}
+    interpolated: dict[str, Any] = {}
     for key, one in given.items():
         try:
-            if isinstance(one.node, yaml.ScalarNode) and "${" in one.node.value:
-                interpolated[key] = one.node.value
+            if _has_interpolation(one.node):
+                interpolated[key] = _plain(one.node)
             elif not _is_required_marker(one.node):
                 values[key] = _convert(one.node, hints[key])
         except ValueError as error:
-            problems.append(ConfigError(f"{key}={_shown(one.node)} is not {error}", where=one.place))
+            what = f"{key}={_shown(one.node)} is not {WANTED.get(key, error)}"
+            problems.append(ConfigError(what, where=one.place))
     for key, other in INSTEAD_OF.items():
         if other in given and (key not in given or _is_required_marker(given[key].node)):
             values[key] = ""
@@ -224,13 +226,13 @@ class _Collector:
 def _convert(node: yaml.Node, hint: Any) -> Any:
     """The value of `node` for a field of type `hint`; ValueError says what was expected."""
     if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
-        if not isinstance(node, yaml.SequenceNode):
+        if not _is_list(node):
             raise ValueError("a list of whole numbers such as [8, 8, 6]")
         return tuple(_convert(item, get_args(hint)[0]) for item in node.value)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         expected = f"a list of {len(kinds)} numbers such as [{', '.join(['0.9'] * len(kinds))}]"
-        if not isinstance(node, yaml.SequenceNode) or len(node.value) != len(kinds):
+        if not _is_list(node) or len(node.value) != len(kinds):
             raise ValueError(expected)
         try:
             return tuple(_convert(item, kind) for item, kind in zip(node.value, kinds, strict=True))
@@ -254,6 +256,11 @@ def _convert(node: yaml.Node, hint: Any) -> Any:
         raise ValueError(expected) from None
 
 
+def _is_list(node: yaml.Node) -> bool:
+    """A plain one: a tag that would build something else is refused."""
+    return isinstance(node, yaml.SequenceNode) and node.tag == _LIST
+
+
 def _integer(text: str) -> int:
     """An int; 1e3 and 10.0 count, 1.5 does not."""
     try:
@@ -272,7 +279,7 @@ def _boolean(text: str) -> bool:
 
 
 def _resolve(
-    interpolated: Mapping[str, str],
+    interpolated: Mapping[str, Any],
     values: dict[str, Any],
     hints: Mapping[str, Any],
     given: Mapping[str, _Given],
@@ -310,7 +317,8 @@ def _resolve(
             node = yaml.compose(yaml.safe_dump(found), Loader=yaml.SafeLoader)
             values[key] = found if hints[key] is str and isinstance(found, str) else _convert(node, hints[key])
         except (ValueError, OmegaConfBaseException) as error:
-            problems.append(ConfigError(f"{key}={interpolated[key]!r} is {found!r}, not {error}", where=place))
+            what = f"{key}={interpolated[key]!r} is {found!r}, not {WANTED.get(key, error)}"
+            problems.append(ConfigError(what, where=place))
         except yaml.YAMLError:  # a resolver gave something that is no YAML value
             problems.append(ConfigError(f"{key}={interpolated[key]!r} is {found!r}, not a plain value", where=place))
 
@@ -319,7 +327,18 @@ def _escaped(value: Any) -> Any:
     """`value` so that OmegaConf and load_config read a literal `${` in it as just that; tuples as lists."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_escaped(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _has_interpolation(node: yaml.Node) -> bool:
+    if isinstance(node, yaml.SequenceNode):
+        return any(_has_interpolation(item) for item in node.value)
+    return isinstance(node, yaml.ScalarNode) and "${" in node.value
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Texts and lists of them, as they were written."""
+    return [_plain(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else node.value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _CHOICES = {
     "train.recompute": ("none", "full"),
     "train.on_failed_save": ("go_on", "stop"),
     "train.on_nonfinite": ("stop", "skip"),
+    "data.on_bad_sample": ("stop", "skip"),
 }
 # Smallest whole number allowed.
 _AT_LEAST = {
@@ -30,6 +31,8 @@ _AT_LEAST = {
     "parallel.slack": 0,
     "optimizer.warmup_steps": 0,
     "data.max_stride": 0,
+    "data.pack_tokens": 0,
+    "data.sequence_length": 32,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.loss_slice_tokens": 1,
@@ -52,7 +55,7 @@ _COUNT_OR_WORD = {
     "memory.budget": "auto",
     "memory.adapter_rank": "auto",
 }
-_NOT_EMPTY = ("data.train", "train.output")
+_NOT_EMPTY = ("train.output",)
 _SHOWN_AT_MOST = 10  # values in a list of what would work
 
 Where = Mapping[str, str]
@@ -98,6 +101,8 @@ def _check_ranges(values: Mapping[str, Any], where: Where) -> list[ConfigError]:
     for key, word in _COUNT_OR_WORD.items():
         if values[key] != word and (isinstance(values[key], str) or values[key] < 1):
             refuse(key, f"{word}, or 1 or more")
+    if (workers := values["data.workers"]) != "auto" and (isinstance(workers, str) or workers < 0):
+        refuse("data.workers", "auto, or 0 or more")
     if not all(0 <= beta < 1 for beta in values["optimizer.betas"]):
         refuse("optimizer.betas", "two numbers from 0 up to, but not, 1")
     for key in ("data.seed", "train.seed"):
@@ -110,6 +115,7 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     problems = []
     optimizer, train = config.optimizer, config.train
     problems += check_start(config, where)
+    problems += _check_sources(config, where)
     if 0 < optimizer.lr < optimizer.min_lr:
         what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
         problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
@@ -133,6 +139,39 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
         what += f"use {train.steps} or fewer"
         problems.append(_problem(what, where, "profile.timeline_step", "train.steps"))
     return problems + _check_layers_per_stage(config, where)
+
+
+def _check_sources(config: Config, where: Where) -> list[ConfigError]:
+    """Each place is named once, with a weight above 0."""
+    key, sources, found = "data.train", config.data.sources, []
+    form = "write data.train=PATH, or a list such as [[PATH, 0.7], [PATH, 0.3]]"
+    if not sources:
+        found.append(f"{key}=[] names no data; {form}")
+    places = [place.strip() for place, _ in sources]
+    if "" in places:
+        advice = "" if isinstance(config.data.train, str) else f"; {form}"
+        found.append(f"{key}={_shown_train(config)} must be the path of a folder{advice}")
+    if numbers := [place for place in places if _is_number(place)]:
+        found.append(f"{key} has {numbers[0]} where a path must be; a weight goes with its path: {form}")
+    for place, weight in sources:
+        if not 0 < weight < math.inf:
+            found.append(f"{key}: the weight {weight:g} of {place} must be a number above 0")
+    if twice := sorted({place for place in places if place and places.count(place) > 1}):
+        found.append(f"{key} names {twice[0]} more than once; add its weights")
+    return [_problem(what, where, key) for what in found]
+
+
+def _shown_train(config: Config) -> str:
+    train = config.data.train
+    return repr(train) if isinstance(train, str) else f"[{', '.join(repr(place) for place, _ in config.data.sources)}]"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_keeping(config: Config, where: Where) -> list[ConfigError]:

@@ -39,11 +39,23 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    train: str = REQUIRED  # folder of shards (tools/prepare_data.py writes it)
-    eval: str = ""  # held-out shards; empty: no evaluation
+    """Where data lies: folders of shards (tools/prepare_data.py writes them), URLs of such, patterns, or JSONL."""
+
+    train: Union[str, tuple[Union[str, tuple[str, float]], ...]] = REQUIRED  # a place, or [[place, weight], ...]
+    eval: str = ""  # held-out data; empty: no evaluation
     seed: int = 1234  # of the order of samples, and of what is drawn of their cuts
     chunks: str = "fixed"  # ways to cut: fixed | right | uniform | random | sentence, or a mix: fixed:0.7, right:0.3
     max_stride: int = 0  # strides are drawn: the model's, twice, four times that ... up to this; 0: the model's
+    pack_tokens: int = 0  # documents share a sequence of at most so many tokens; 0: one document a sequence
+    sequence_length: int = 32768  # of JSONL, which is prepared on first use: tokens of the longest sample
+    on_bad_sample: str = "stop"  # stop | skip, when a row of JSONL is bad or a sample damaged
+    workers: Union[int, str] = "auto"  # processes of a rank that read ahead; auto: one where data is behind a URL
+
+    @property
+    def sources(self) -> tuple[tuple[str, float], ...]:
+        """Places to train on, each with its weight."""
+        given = (self.train,) if isinstance(self.train, str) else self.train
+        return tuple((one, 1.0) if isinstance(one, str) else one for one in given)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""A folder of shards as a sequence of samples, each read at its offset."""
+"""Folders of shards as sequences of samples, each read at its offset."""
 
 from __future__ import annotations
 
 import os
-import threading
 import zlib
-from collections import OrderedDict
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -19,33 +18,69 @@ from comet_megatron.data.shards import (
     load_manifest,
     mask_from_npy,
 )
+from comet_megatron.data.storage import DataFolder, join, open_folder
 from comet_megatron.errors import DataError
 
-MAX_OPEN_SHARDS = 16
+
+class Samples(Protocol):
+    """Samples by number. Opening looks at indexes only; a sample is read when it is asked for.
+
+    Attributes:
+        place: where they lie, for the user.
+        lengths: tokens of each sample, int64 [samples].
+        label_counts: tokens of each sample that carry loss, int64 [samples].
+        fingerprint: of all token ids and loss masks, hexadecimal.
+    """
+
+    place: str
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def label_counts(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample: int) -> np.ndarray:
+        """Token ids of a sample, int32 [tokens], writable.
+
+        Raises:
+            IndexError: there is no such sample.
+            DataError: the sample is cut off or damaged on disk; names the shard and the sample.
+        """
+
+    def loss_mask(self, sample: int) -> np.ndarray | None:
+        """Which tokens of a sample carry loss, bool [tokens], writable; None: all of them.
+
+        Token t carries loss when it is predicted from the tokens before it, so the first one's value means nothing.
+
+        Raises: as `samples[sample]`.
+        """
 
 
 class ShardDataset:
-    """`dataset[i]` is the token ids of sample i, int32 [tokens], read from disk and checked.
+    """The samples of one folder of shards, on a local disk or behind a URL.
 
-    Opening reads the manifest and the index and looks at the size of every shard; shards are opened when needed, at
-    most MAX_OPEN_SHARDS at a time. May be pickled, used by several threads and by forked processes.
+    Opening reads the manifest and the index and looks at the size of every shard. May be pickled, used by several
+    threads and by forked processes. See Samples.
 
     Attributes:
         manifest: what the folder holds.
-        lengths: tokens of each sample, int64 [samples].
-        label_counts: tokens of each sample that carry loss, int64 [samples].
 
     Raises:
         DataError: the manifest or index is missing or damaged, or a shard is missing or has another size.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = load_manifest(self.folder)
-        self._index = load_index(self.folder, manifest=self.manifest)
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = str(place)
+        self._folder: DataFolder = open_folder(place)
+        self.manifest: Manifest = load_manifest(self._folder)
+        self._index = load_index(self._folder, manifest=self.manifest)
         self._check_shards()
-        self._open_files: OrderedDict[int, int] = OrderedDict()  # shard number → file descriptor, last used at the end
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -62,26 +97,18 @@ class ShardDataset:
     def label_counts(self) -> np.ndarray:
         return self._index.num_labels
 
-    def __getitem__(self, sample: int) -> np.ndarray:
-        """Token ids of a sample, int32 [tokens], writable.
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
 
-        Raises:
-            IndexError: there is no such sample.
-            DataError: the sample is cut off or damaged on disk; names the shard and the sample.
-        """
-        number = self._checked(sample)
+    def __getitem__(self, sample: int) -> np.ndarray:
+        number = _checked(sample, self)
         index = self._index
         payload = self._payload(number, index.ids_offset, index.ids_size, index.ids_crc32, what="sample")
         return ids_from_npy(payload, where=self._where(number))
 
     def loss_mask(self, sample: int) -> np.ndarray | None:
-        """Which tokens of a sample carry loss, bool [tokens], writable; None: all of them.
-
-        Token t carries loss when it is predicted from the tokens before it, so the first one's value means nothing.
-
-        Raises: as `dataset[sample]`.
-        """
-        number = self._checked(sample)
+        number = _checked(sample, self)
         index = self._index
         if index.mask_offset[number] < 0:
             return None
@@ -90,40 +117,23 @@ class ShardDataset:
 
     def close(self) -> None:
         """Close the open shards; the dataset stays usable."""
-        with self._lock:
-            while self._open_files:
-                os.close(self._open_files.popitem()[1])
+        self._folder.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: file descriptors and locks belong to a process."""
-        state = self.__dict__.copy()
-        del state["_open_files"], state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open_files = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):  # not when opening failed
-            self.close()
-
-    def _checked(self, sample: int) -> int:
-        number = int(sample)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of a dataset of {len(self)}")
-        return number % len(self)
+    def _shard_of(self, number: int) -> str:
+        return self.manifest.shards[int(self._index.shard[number])].name
 
     def _where(self, number: int) -> str:
-        return f"{self.folder / self.manifest.shards[int(self._index.shard[number])].name}, sample {number}"
+        return f"{join(self.place, self._shard_of(number))}, sample {number}"
 
     def _payload(
         self, number: int, offsets: np.ndarray, sizes: np.ndarray, checksums: np.ndarray, *, what: str
     ) -> bytes:
         """The bytes of a sample's ids or mask, checked."""
         size, where = int(sizes[number]), self._where(number)
-        payload = self._read(int(self._index.shard[number]), offset=int(offsets[number]), size=size, where=where)
+        try:
+            payload = self._folder.read_at(self._shard_of(number), int(offsets[number]), size)
+        except DataError as error:
+            raise DataError(f"the shard {error.what}", where=where, way_out=PREPARE_AGAIN) from error
         if len(payload) != size:
             problem = f"the shard is cut off: {len(payload)} of {size} bytes are there"
             raise DataError(problem, where=where, way_out=PREPARE_AGAIN)
@@ -131,26 +141,8 @@ class ShardDataset:
             raise DataError(f"the {what} is damaged: its checksum is wrong", where=where, way_out=PREPARE_AGAIN)
         return payload
 
-    def _read(self, shard: int, *, offset: int, size: int, where: str) -> bytes:
-        with self._lock:  # so that no other thread closes the file between finding and reading it
-            try:
-                if shard not in self._open_files:
-                    if len(self._open_files) >= MAX_OPEN_SHARDS:
-                        os.close(self._open_files.popitem(last=False)[1])
-                    path = self.folder / self.manifest.shards[shard].name
-                    self._open_files[shard] = os.open(path, os.O_RDONLY)
-                self._open_files.move_to_end(shard)
-                return os.pread(self._open_files[shard], size, offset)
-            except OSError as error:
-                what = f"the shard cannot be read: {error.strerror}"
-                raise DataError(what, where=where, way_out=PREPARE_AGAIN) from error
-
     def _check_shards(self) -> None:
-        try:
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
-        except OSError as error:
-            raise DataError(f"the data folder cannot be read: {error.strerror}", where=str(self.folder)) from error
-        problems = []
+        sizes, problems = self._folder.sizes(), []
         for shard in self.manifest.shards:
             if (size := sizes.get(shard.name)) is None:
                 problems.append(f"{shard.name} is missing")
@@ -158,4 +150,52 @@ class ShardDataset:
                 problems.append(f"{shard.name} has {size} bytes, not {shard.size_bytes}")
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise DataError(f"shards are not as written: {shown}", where=str(self.folder), way_out=PREPARE_AGAIN)
+            raise DataError(f"shards are not as written: {shown}", where=self.place, way_out=PREPARE_AGAIN)
+
+
+class JoinedDatasets:
+    """The samples of several, one after the other. See Samples.
+
+    Args:
+        parts: at least one.
+        place: where they lie, for the user: the pattern that found them.
+    """
+
+    def __init__(self, parts: Sequence[Samples], *, place: str) -> None:
+        self.parts, self.place = tuple(parts), place
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([part.lengths for part in self.parts])
+
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        return np.concatenate([part.label_counts for part in self.parts])
+
+    @property
+    def fingerprint(self) -> str:
+        return "+".join(part.fingerprint for part in self.parts)
+
+    def __getitem__(self, sample: int) -> np.ndarray:
+        part, number = self._at(sample)
+        return part[number]
+
+    def loss_mask(self, sample: int) -> np.ndarray | None:
+        part, number = self._at(sample)
+        return part.loss_mask(number)
+
+    def _at(self, sample: int) -> tuple[Samples, int]:
+        number = _checked(sample, self)
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return self.parts[part], number - (int(self._ends[part - 1]) if part else 0)
+
+
+def _checked(sample: int, samples: Samples) -> int:
+    number = int(sample)
+    if not -len(samples) <= number < len(samples):
+        raise IndexError(f"sample {number} of a dataset of {len(samples)}")
+    return number % len(samples)

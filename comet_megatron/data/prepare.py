@@ -15,7 +15,8 @@ from typing import Any
 from comet_megatron.data.documents import Document, DocumentSource, RawDocument
 from comet_megatron.data.journal import Journal, continued_folder, differences, passing_folder
 from comet_megatron.data.report import PartCounts, PrepareReport, SkippedSample, load_report, write_report
-from comet_megatron.data.shards import Manifest, Sample, ShardInfo, ShardWriter, load_manifest
+from comet_megatron.data.shard_writer import ShardWriter
+from comet_megatron.data.shards import Manifest, Sample, ShardInfo, load_manifest
 from comet_megatron.data.tokenise import LONG_CHOICES, DocumentTokeniser, Tokenised, split_into_pieces
 from comet_megatron.data.tokenizer import tokenizer_fingerprint
 from comet_megatron.data.workers import tokenise_all

@@ -1,4 +1,4 @@
-"""Token shards on disk: WebDataset tar files, an index of offsets into them, a manifest.
+"""The form of token shards: WebDataset tar files, an index of offsets into them, a manifest.
 
 A folder of shards:
 
@@ -12,24 +12,20 @@ The tar files are plain WebDataset; the index is what makes the order of reading
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from comet_megatron.data.storage import DataFolder, is_url, join, open_folder
 from comet_megatron.errors import DataError
-from comet_megatron.new_folder import new_folder
 
 FORMAT = "comet_megatron.shards"
 VERSION = 2  # 1 had no loss masks
@@ -39,8 +35,7 @@ INDEX_NAME = "index.npz"
 IDS_MEMBER = "ids.npy"
 MASK_MEMBER = "mask.npy"
 META_MEMBER = "meta.json"
-_MEMBERS = (IDS_MEMBER, MASK_MEMBER, META_MEMBER)
-_HAS_MASK = 1 << 63  # joins the length in the fingerprint, so that samples without a mask have the one of version 1
+MEMBERS = (IDS_MEMBER, MASK_MEMBER, META_MEMBER)
 PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py, or copy the whole folder again"
 
 
@@ -111,281 +106,16 @@ class ShardIndex:
         return len(self.shard)
 
 
-_IDS_DTYPES = {
+IDS_DTYPES = {
     "shard": np.int32,
     "ids_offset": np.int64,
     "ids_size": np.int64,
     "ids_crc32": np.uint32,
     "num_tokens": np.int64,
 }
-_MASK_DTYPES = {"mask_offset": np.int64, "mask_size": np.int64, "mask_crc32": np.uint32, "num_labels": np.int64}
-_INDEX_DTYPES = _IDS_DTYPES | _MASK_DTYPES
-_NO_MASK = {"mask_offset": -1, "mask_size": 0, "mask_crc32": 0}
-
-
-def write_shards(
-    samples: Iterable[Sample],
-    *,
-    output_dir: str | os.PathLike[str],
-    tokenizer_fingerprint: str,
-    vocab_size: int,
-    shard_bytes: int,
-    settings: Mapping[str, Any],
-) -> Manifest:
-    """Write a folder of shards that appears when it is complete. The same input gives the same bytes.
-
-    Raises:
-        OutputError: the output folder is not empty or cannot be made.
-        DataError: there is no sample, or a sample is empty or has an id outside the vocabulary.
-    """
-    with new_folder(output_dir) as folder:
-        with ShardWriter(
-            folder, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size, shard_bytes=shard_bytes
-        ) as writer:
-            for sample in samples:
-                writer.add(sample)
-            return writer.finish(settings=settings)
-
-
-class ShardWriter:
-    """Write shards into an existing empty folder; see write_shards for one that appears when it is complete.
-
-    Args:
-        folder: where the shards go.
-        tokenizer_fingerprint: goes into the manifest.
-        vocab_size: ids must be below it.
-        shard_bytes: a shard is closed when its payloads reach this size.
-    """
-
-    def __init__(self, folder: Path, *, tokenizer_fingerprint: str, vocab_size: int, shard_bytes: int) -> None:
-        self.folder = folder
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.vocab_size = vocab_size
-        self.shard_bytes = shard_bytes
-        self.num_samples = 0
-        self.num_tokens = 0
-        self.num_labels = 0
-        self._shards: list[ShardInfo] = []
-        self._index_parts: list[ShardIndex] = []
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO | None = None
-        self._tar: Any = None
-        self._bytes_in_shard = 0
-        self._samples_in_shard = 0
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:  # not finished: an error is on its way
-            with contextlib.suppress(OSError):
-                self._tar.close()  # else it tries by itself when it is collected, and complains of the closed file
-            self._file.close()
-            self._file = None
-
-    def add(self, sample: Sample) -> None:
-        """Append one sample.
-
-        Raises:
-            DataError: it is empty, not one-dimensional integers, has an id outside the vocabulary, or a mask that is
-                not bool [tokens].
-        """
-        ids, mask = self._checked(sample)
-        meta = {**sample.meta, "num_tokens": len(ids)}
-        members = {IDS_MEMBER: npy_bytes(ids)}
-        num_labels = len(ids)
-        if mask is not None:
-            members[MASK_MEMBER] = npy_bytes(mask.astype(np.uint8))
-            meta["num_labels"] = num_labels = int(np.count_nonzero(mask))
-        payload_bytes = sum(map(len, members.values()))
-        members[META_MEMBER] = json.dumps(meta, sort_keys=True).encode("utf-8")
-        if self._file is None:
-            self._open_shard()
-        self._tar.write({"__key__": f"{self.num_samples:09d}", **members})
-        self._count(ids, mask, num_labels)
-        self._samples_in_shard += 1
-        self._bytes_in_shard += payload_bytes
-        if self._bytes_in_shard >= self.shard_bytes:
-            self._close_shard()
-
-    @property
-    def shards(self) -> tuple[ShardInfo, ...]:
-        """The finished ones."""
-        return tuple(self._shards)
-
-    def checksum(self, shard: int) -> int:
-        """Of the index of a finished shard, and by its checksums of all ids and masks in it."""
-        part = self._index_parts[shard]
-        return zlib.crc32(b"".join(getattr(part, name).tobytes() for name in _INDEX_DTYPES))
-
-    def continue_with(self, info: ShardInfo, *, checksum: int) -> bool:
-        """Take up a shard that an earlier writer finished in this folder, the first one first.
-
-        Returns: whether it is the next one, there, and as it was written; if not, nothing has changed.
-        """
-        assert self._file is None, "the writer has begun a shard of its own"
-        path = self.folder / info.name
-        if info.name != self._name_of_next():
-            return False
-        try:
-            if path.stat().st_size != info.size_bytes:
-                return False
-            part = index_shard(path, shard=len(self._shards))
-        except (OSError, DataError):
-            return False
-        self._index_parts.append(part)
-        if self.checksum(len(self._shards)) != checksum or len(part) != info.num_samples:
-            self._index_parts.pop()
-            return False
-        self._shards.append(info)
-        with open(path, "rb") as file:
-            for row in range(len(part)):
-                where = f"{path}, sample {row}"
-                ids = ids_from_npy(os.pread(file.fileno(), part.ids_size[row], part.ids_offset[row]), where=where)
-                mask = None
-                if part.mask_offset[row] >= 0:
-                    payload = os.pread(file.fileno(), part.mask_size[row], part.mask_offset[row])
-                    mask = mask_from_npy(payload, num_tokens=len(ids), where=where)
-                self._count(ids, mask, int(part.num_labels[row]))
-        return True
-
-    def finish(self, *, settings: Mapping[str, Any]) -> Manifest:
-        """Close the last shard, then write the index and the manifest.
-
-        Raises:
-            DataError: no sample was added.
-        """
-        if self._file is not None:
-            self._close_shard()
-        if not self.num_samples:
-            raise DataError("there is no sample to write", where=str(self.folder))
-        has_masks = any(part.mask_size.any() for part in self._index_parts)
-        columns = {
-            name: np.concatenate([getattr(part, name) for part in self._index_parts]).astype(kind)
-            for name, kind in (_INDEX_DTYPES if has_masks else _IDS_DTYPES).items()
-        }
-        index_bytes = io.BytesIO()
-        np.savez(index_bytes, **columns)  # type: ignore[arg-type]  # mypy takes columns for allow_pickle
-        (self.folder / INDEX_NAME).write_bytes(index_bytes.getvalue())
-        manifest = Manifest(
-            num_samples=self.num_samples,
-            num_tokens=self.num_tokens,
-            num_labels=self.num_labels,
-            shards=tuple(self._shards),
-            tokenizer_fingerprint=self.tokenizer_fingerprint,
-            vocab_size=self.vocab_size,
-            settings=dict(settings),
-            fingerprint=self._digest.hexdigest(),
-            index_sha256=hashlib.sha256(index_bytes.getvalue()).hexdigest(),
-        )
-        text = json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n"
-        (self.folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
-        return manifest
-
-    def _count(self, ids: np.ndarray, mask: np.ndarray | None, num_labels: int) -> None:
-        """Add a sample to the totals and to the fingerprint."""
-        self._digest.update((len(ids) | (0 if mask is None else _HAS_MASK)).to_bytes(8, "little"))
-        self._digest.update(ids.astype("<i4", copy=False).tobytes())
-        if mask is not None:
-            self._digest.update(np.packbits(mask, bitorder="little").tobytes())
-        self.num_samples += 1
-        self.num_tokens += len(ids)
-        self.num_labels += num_labels
-
-    def _checked(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-        ids = np.asarray(sample.ids)
-        where = f"sample {self.num_samples} {dict(sample.meta)}"
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-            raise DataError(f"a sample must be a list of token ids, not {ids.dtype} {list(ids.shape)}", where=where)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", where=where)
-        if (mask := sample.loss_mask) is not None and (mask.dtype != np.bool_ or mask.shape != ids.shape):
-            what = f"the loss mask must be bool {list(ids.shape)} as the ids, not {mask.dtype} {list(mask.shape)}"
-            raise DataError(what, where=where)
-        return ids.astype(np.int32, copy=False), mask
-
-    def _open_shard(self) -> None:
-        from webdataset import TarWriter  # imports torch, which reading the shards does not need
-
-        path = self.folder / self._name_of_next()
-        self._file = open(path, "wb")  # noqa: SIM115 (not by name: TarWriter takes some names for URLs)
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._bytes_in_shard = self._samples_in_shard = 0
-
-    def _name_of_next(self) -> str:
-        return f"shard-{len(self._shards):06d}.tar"
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._tar.close()
-        self._file.close()
-        path = Path(self._file.name)
-        self._file = None
-        part = index_shard(path, shard=len(self._shards))
-        assert len(part) == self._samples_in_shard, f"{path} holds {len(part)} samples, not {self._samples_in_shard}"
-        self._index_parts.append(part)
-        self._shards.append(ShardInfo(path.name, path.stat().st_size, self._samples_in_shard))
-
-
-def index_shard(path: Path, *, shard: int) -> ShardIndex:
-    """Read the index of one tar file from the file itself.
-
-    Raises:
-        DataError: it is no tar file, it is cut off, it holds something else than samples, or a sample is damaged.
-    """
-    rows: list[tuple[int, ...]] = []
-    masks: dict[str, tuple[int, int]] = {}
-    ids_members: list[tuple[str, int, int]] = []
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            size_bytes = os.fstat(file.fileno()).st_size
-            for member in tar:
-                key, kind = _key_and_kind(member, path)
-                if member.offset_data + member.size > size_bytes:
-                    raise tarfile.ReadError(f"{member.name} goes on behind the end of the file")
-                if kind == IDS_MEMBER:
-                    ids_members.append((key, member.offset_data, member.size))
-                elif kind == MASK_MEMBER:
-                    masks[key] = (member.offset_data, member.size)
-            for key, offset, size in ids_members:
-                rows.append((shard, *_index_row(file.fileno(), offset, size, masks.pop(key, None), f"{path}, {key}")))
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"the shard cannot be read: {error}", where=str(path), way_out=PREPARE_AGAIN) from error
-    if masks:
-        what = f"a loss mask without token ids: {min(masks)}.{MASK_MEMBER}"
-        raise DataError(what, where=str(path), way_out=PREPARE_AGAIN)
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_INDEX_DTYPES)
-    return ShardIndex(
-        **{name: np.asarray(c, dtype=kind) for (name, kind), c in zip(_INDEX_DTYPES.items(), columns, strict=True)}
-    )
-
-
-def _key_and_kind(member: tarfile.TarInfo, path: Path) -> tuple[str, str]:
-    """The sample's key and which of its files a member of a tar file is."""
-    key, _, kind = member.name.partition(".")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        what = f"a member's path climbs out of the folder: {member.name!r}"
-        raise DataError(what, where=str(path), way_out="do not unpack this file; " + PREPARE_AGAIN)
-    if not member.isfile() or kind not in _MEMBERS:
-        what = f"a member is not one of a sample's files ({', '.join(_MEMBERS)}): {member.name!r}"
-        raise DataError(what, where=str(path), way_out=PREPARE_AGAIN)
-    return key, kind
-
-
-def _index_row(file: int, offset: int, size: int, mask_place: tuple[int, int] | None, where: str) -> tuple[int, ...]:
-    """A row of ShardIndex without its first column."""
-    payload = os.pread(file, size, offset)
-    num_tokens = len(ids_from_npy(payload, where=where))
-    row = (offset, size, zlib.crc32(payload), num_tokens)
-    if mask_place is None:
-        return (*row, *_NO_MASK.values(), num_tokens)
-    mask_offset, mask_size = mask_place
-    mask_payload = os.pread(file, mask_size, mask_offset)
-    mask = mask_from_npy(mask_payload, num_tokens=num_tokens, where=where)
-    return (*row, mask_offset, mask_size, zlib.crc32(mask_payload), int(np.count_nonzero(mask)))
+MASK_DTYPES = {"mask_offset": np.int64, "mask_size": np.int64, "mask_crc32": np.uint32, "num_labels": np.int64}
+INDEX_DTYPES = IDS_DTYPES | MASK_DTYPES
+NO_MASK = {"mask_offset": -1, "mask_size": 0, "mask_crc32": 0}
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -429,31 +159,27 @@ def _array_from_npy(payload: bytes, *, what: str, where: str) -> np.ndarray:
         raise DataError(f"the {what} are damaged: {reason}", where=where, way_out=PREPARE_AGAIN) from error
 
 
-def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """Read manifest.json.
+def load_manifest(place: str | os.PathLike[str] | DataFolder) -> Manifest:
+    """Read manifest.json of a folder, or of a URL's.
 
     Raises:
         DataError: the folder or the manifest is missing, damaged, or of another version.
     """
-    path = Path(folder) / MANIFEST_NAME
-    way_out = "give a folder of shards: the train or eval folder that tools/prepare_data.py wrote"
-    if not Path(folder).is_dir():
-        raise DataError("the data folder does not exist", where=str(folder), way_out=way_out)
-    if not path.is_file():
-        inside = sorted(p.parent.name for p in Path(folder).glob(f"*/{MANIFEST_NAME}"))
-        if inside:
-            way_out = "perhaps you mean " + " or ".join(str(Path(folder) / name) for name in inside)
-        raise DataError(f"the data folder has no {MANIFEST_NAME}", where=str(folder), way_out=way_out)
+    folder = _folder_of(place)
+    path = join(folder.place, MANIFEST_NAME)
+    if MANIFEST_NAME not in folder.sizes():
+        raise _no_manifest(folder.place)
+    content = folder.read(MANIFEST_NAME)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
         found = (values["format"], values["version"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"the manifest is damaged: {type(error).__name__} {error}"
-        raise DataError(what, where=str(path), way_out=PREPARE_AGAIN) from error
+        raise DataError(what, where=path, way_out=PREPARE_AGAIN) from error
     if found[0] != FORMAT or found[1] not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         what = f"the manifest is {found[0]} version {found[1]}; this code reads {FORMAT} versions {readable}"
-        raise DataError(what, where=str(path), way_out="prepare the data again with tools/prepare_data.py")
+        raise DataError(what, where=path, way_out="prepare the data again with tools/prepare_data.py")
     try:
         if found[1] == 1:  # no masks: every token carries loss
             values["num_labels"] = values["num_tokens"]
@@ -461,8 +187,31 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
         manifest = Manifest(**values)
         _check_manifest(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the manifest is damaged: {error}", where=str(path), way_out=PREPARE_AGAIN) from error
+        raise DataError(f"the manifest is damaged: {error}", where=path, way_out=PREPARE_AGAIN) from error
     return manifest
+
+
+def has_shards(place: str) -> bool:
+    """Whether there is a folder of shards.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return MANIFEST_NAME in open_folder(place).sizes()
+
+
+def _folder_of(place: str | os.PathLike[str] | DataFolder) -> DataFolder:
+    return open_folder(place) if isinstance(place, str | os.PathLike) else place
+
+
+def _no_manifest(place: str) -> DataError:
+    way_out = "give a folder of shards: the train or eval folder that tools/prepare_data.py wrote"
+    if not is_url(place) and not Path(place).is_dir():
+        return DataError("the data folder does not exist", where=place, way_out=way_out)
+    found = [] if is_url(place) else sorted(p.parent.name for p in Path(place).glob(f"*/{MANIFEST_NAME}"))
+    if found:
+        way_out = "perhaps you mean " + " or ".join(join(place, name) for name in found)
+    return DataError(f"the data folder has no {MANIFEST_NAME}", where=place, way_out=way_out)
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -490,45 +239,45 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def load_index(folder: str | os.PathLike[str], *, manifest: Manifest) -> ShardIndex:
-    """Read index.npz.
+def load_index(place: str | os.PathLike[str] | DataFolder, *, manifest: Manifest) -> ShardIndex:
+    """Read index.npz of a folder, or of a URL's.
 
     Raises:
         DataError: it is missing, damaged, or does not belong to the manifest.
     """
-    path = Path(folder) / INDEX_NAME
+    folder = _folder_of(place)
+    path = join(folder.place, INDEX_NAME)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        what = f"the index cannot be read: {error.strerror}"
-        raise DataError(what, where=str(path), way_out=PREPARE_AGAIN) from error
+        content = folder.read(INDEX_NAME)
+    except DataError as error:
+        raise DataError(f"the index {error.what}", where=path, way_out=PREPARE_AGAIN) from error
     if hashlib.sha256(content).hexdigest() != manifest.index_sha256:
         what = "the index is damaged or of other data: its sha256 is not the one in the manifest"
-        raise DataError(what, where=str(path), way_out=PREPARE_AGAIN)
+        raise DataError(what, where=path, way_out=PREPARE_AGAIN)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as columns:
             index = _index_of(columns, manifest)
         _check_index(index, manifest)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"the index is damaged: {error}", where=str(path), way_out=PREPARE_AGAIN) from error
+        raise DataError(f"the index is damaged: {error}", where=path, way_out=PREPARE_AGAIN) from error
     return index
 
 
 def _index_of(columns: Mapping[str, np.ndarray], manifest: Manifest) -> ShardIndex:
     """Of the columns of index.npz; those of the masks are there if a sample has one."""
-    found = {name: columns[name] for name in _IDS_DTYPES}
+    found = {name: columns[name] for name in IDS_DTYPES}
     if "mask_offset" in columns:
-        found |= {name: columns[name] for name in _MASK_DTYPES}
+        found |= {name: columns[name] for name in MASK_DTYPES}
     else:  # arrays that take no memory
         count = len(found["shard"])
-        found |= {name: np.broadcast_to(_MASK_DTYPES[name](value), count) for name, value in _NO_MASK.items()}
+        found |= {name: np.broadcast_to(MASK_DTYPES[name](value), count) for name, value in NO_MASK.items()}
         found["num_labels"] = found["num_tokens"]
     return ShardIndex(**found)
 
 
 def _check_index(index: ShardIndex, manifest: Manifest) -> None:
     """Raise ValueError unless the index fits the manifest and its offsets lie in the shards."""
-    for name, kind in _INDEX_DTYPES.items():
+    for name, kind in INDEX_DTYPES.items():
         column = getattr(index, name)
         if column.shape != (manifest.num_samples,) or column.dtype != kind:
             found = f"{column.dtype} {list(column.shape)}"

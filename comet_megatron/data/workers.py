@@ -18,6 +18,7 @@ from comet_megatron.errors import PeerError
 
 _BATCH_BYTES = 1 << 18  # handed to a process at a time: long enough to hide the handing over
 _BATCHES_AHEAD = 3  # per process, read but not written yet
+WORTH_WORKERS_BYTES = 16 << 20  # below, starting processes takes longer than it saves
 
 _tokenise: DocumentTokeniser  # of a worker process, which exists for this alone
 
@@ -78,15 +79,25 @@ def _start(tokenise: DocumentTokeniser) -> None:
     _tokenise = tokenise
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is all there is
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end with the one that started it, even if that one is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def end() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _tokenise_batch(batch: list[RawDocument]) -> list[Tokenised]:
     return [_tokenise(document) for document in batch]
+
+
+def auto_workers(num_bytes: int) -> int:
+    """Processes that are worth starting to tokenise so much input: all cores, or this one process."""
+    return len(os.sched_getaffinity(0)) if num_bytes >= WORTH_WORKERS_BYTES else 1

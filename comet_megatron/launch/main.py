@@ -14,13 +14,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from comet_megatron.errors import USER_ERROR_EXIT_CODE, CometError, OutputError, report_user_errors
-from comet_megatron.launch.hand_over import HandOver, Order
+from comet_megatron.launch.order import Order
 from comet_megatron.launch.plan import Plan, make_plan, override
 from comet_megatron.launch.prepare import describe_data, make_data, make_start, tokenizer_of
 from comet_megatron.launch.requirements import check_gpus
+from comet_megatron.parallel.hand_over import HandOver
 from comet_megatron.parallel.process import ProcessRank
 
 FILE_SYSTEM_DELAY_S = 90  # a shared file system may show a new folder so much later
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, *, repository: Path) -> int:
         return 0
     if process.world_size == 1:
         return _train(_prepare(plan_launch()))
-    hand_over = HandOver()
+    hand_over = HandOver("launch")
     if process.rank > 0:
         return _follow(hand_over, process)
     try:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, *, repository: Path) -> int:
     except BaseException:
         hand_over.give_up()
         raise
-    hand_over.tell(order)
+    hand_over.tell(asdict(order))
     return _train(order)
 
 
@@ -109,9 +111,10 @@ def _follow(hand_over: HandOver, process: ProcessRank) -> int:
             print(text, file=sys.stderr, flush=True)
 
     try:
-        order = hand_over.wait(say, what_for="process 0, which prepares model and data in OUTPUT")
-        if order is None:
+        told = hand_over.wait(say, what_for="process 0, which prepares model and data in OUTPUT")
+        if told is None:
             return USER_ERROR_EXIT_CODE
+        order = Order.of(told)
         _check_this_machine(order, process)
     except CometError as error:
         say(f"{error.kind}: {error}")

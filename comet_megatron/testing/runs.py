@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import yaml
@@ -15,7 +18,8 @@ from torch import Tensor
 from comet_megatron.checkpoint.model_folder import ModelDescription, read_description
 from comet_megatron.checkpoint.sharded import load_weights, save_checkpoint, stored_precision
 from comet_megatron.config.schema import Architecture, MemorySizes
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.layout import close_layout
 from comet_megatron.parallel.process import ProcessRank
@@ -28,7 +32,9 @@ from comet_megatron.testing.tiny import (
     weights,
     whole_tensors,
 )
+from comet_megatron.train import trainer
 from comet_megatron.train.main import main
+from comet_megatron.train.step import train_step
 
 
 def write_data(folder: Path, sequences: Sequence[np.ndarray], *, tokenizer_fingerprint: str = "none") -> None:
@@ -79,6 +85,43 @@ def run_command(process: ProcessRank, *arguments: str) -> tuple[int, str, str]:
         code = main(list(arguments))
     close_layout()  # the command's own: the next test builds another
     return code, out.getvalue(), err.getvalue()
+
+
+def run_with_signal(process: ProcessRank, number: int, rank: int, step: int, *arguments: str) -> tuple[int, str, str]:
+    """The command; in one step one rank gets a signal."""
+
+    def signalled(*given: Any, **named: Any) -> Any:
+        if process.rank == rank and named["step"] == step:
+            os.kill(os.getpid(), number)
+        return train_step(*given, **named)
+
+    with mock.patch.object(trainer, "train_step", signalled):
+        return run_command(process, *arguments)
+
+
+def run_and_record(process: ProcessRank, *arguments: str) -> tuple[int, str, int, dict[int, list[str]]]:
+    """The command: exit code, stderr, this process's data-parallel rank, and by step what it was given to train on.
+
+    A sequence is the hash of all that a step reads of it: ids, labels, cuts and stride.
+    """
+    read: dict[int, list[str]] = {}
+    dp_rank = 0
+
+    def recorded(model: Any, optimizer: Any, sequences: Sequence[Any], layout: Any, **named: Any) -> Any:
+        nonlocal dp_rank
+        dp_rank = layout.dp_rank
+        read[named["step"]] = [_hash_of(sequence) for sequence in sequences]
+        return train_step(model, optimizer, sequences, layout, **named)
+
+    with mock.patch.object(trainer, "train_step", recorded):
+        code, _, err = run_command(process, *arguments)
+    return code, err, dp_rank, read
+
+
+def _hash_of(sequence: Any) -> str:
+    digest = hashlib.sha256(sequence.ids.tobytes() + sequence.labels.tobytes())
+    digest.update(f"{sequence.chunk_lengths} {sequence.stride}".encode())
+    return digest.hexdigest()[:16]
 
 
 def weights_of(process: ProcessRank, checkpoint: Path) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_pro
 from comet_megatron.checkpoint.sharded import load_training_state
 from comet_megatron.checkpoint.start import CheckpointStart, Start
 from comet_megatron.config.schema import Config
-from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.training_data import TrainingData
 from comet_megatron.model.build import build_stage
 from comet_megatron.new_folder import copy_files, make_folder
@@ -27,6 +26,7 @@ from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
 from comet_megatron.train.callbacks.tensorboard import TensorBoard
 from comet_megatron.train.continuation import Continuation, choose_checkpoint, prepare_run_folder, restarts_by_torchrun
+from comet_megatron.train.data import RunData
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings
 from comet_megatron.train.records import Callback
@@ -37,8 +37,7 @@ def build_trainer(
     config: Config,
     process: ProcessRank,
     start: Start,
-    train_data: TrainingData,
-    eval_data: ShardDataset | None,
+    data: RunData,
     *,
     plan: Continuation,
 ) -> tuple[Trainer, list[str]]:
@@ -76,7 +75,7 @@ def build_trainer(
         description.architecture,
         description.memory,
         num_stages=parallel.pp,
-        tokens=train_data.longest,
+        tokens=data.train.longest,
         recompute=config.train.recompute == "full",
     )
     stage = build_stage(
@@ -96,7 +95,7 @@ def build_trainer(
     optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
     progress = Progress(
         step=0,
-        data_fingerprint=train_data.fingerprint,
+        data_fingerprint=data.train.fingerprint,
         data_seed=config.data.seed,
         global_batch_size=config.train.global_batch_size,
         trainable=config.train.trainable,
@@ -117,8 +116,7 @@ def build_trainer(
         schedule=schedule,
         description=description,
         tokenizer=keep_tokenizer(start, run, layout),
-        train_data=train_data,
-        eval_data=eval_data,
+        data=data,
         progress=progress,
         callbacks=_build_callbacks(config) if layout.is_main else (),
         watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
@@ -172,7 +170,7 @@ def _build_callbacks(config: Config) -> list[Callback]:
 def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *, threads: int | None) -> list[str]:
     """What runs, in a few lines."""
     config, layout, stage = trainer.config, trainer.layout, trainer.stage
-    architecture, memory, data = stage.architecture, stage.memory_sizes, trainer.train_data
+    architecture, memory, data = stage.architecture, stage.memory_sizes, trainer.data.train
     weights = sum(p.numel() for p in stage.parameters())
     trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     parallel = f"TP {layout.tp}{' with sequence parallelism' if config.parallel.sequence_parallel else ''}, "
@@ -180,6 +178,8 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
     parallel += ", ZeRO-1" if config.parallel.zero1 else ""
     on = layout.device.kind if threads is None else f"{layout.device.kind}, {threads} thread{'s' * (threads > 1)} each"
     temporary = f"a beacon every {memory.stride} tokens, budget {memory.budget}" if memory.stride > 0 else "no beacons"
+    workers = trainer.data.workers
+    ahead = f"; read ahead by {workers} process{'es' * (workers > 1)} a rank" if workers else ""
     lines = [
         f"model    {start}: {architecture.family}, {architecture.num_layers} layers, "
         f"hidden {architecture.hidden_size}, vocabulary {architecture.vocab_size}; "
@@ -187,8 +187,8 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
         f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
         f"layout   {layout.world_size} process{'es' * (layout.world_size > 1)} on {on}: {parallel}; "
         f"{config.model.precision}",
-        f"data     {data.describe()}: {len(data):,} sequences, {data.num_tokens:,} tokens; "
-        f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps",
+        f"data     {data.describe()}: {_describe_size(data)}; "
+        f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps{ahead}",
     ]
     if layout.pp > 1:
         costs = chunk_costs(
@@ -202,3 +202,10 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
     if trainer.progress.step:
         lines.append(f"resume   after step {trainer.progress.step}")
     return lines
+
+
+def _describe_size(data: TrainingData) -> str:
+    if not data.pack_tokens:
+        return f"{len(data):,} sequences, {data.num_tokens:,} tokens"
+    packed = f"{data.num_documents:,} documents in {len(data):,} sequences of at most {data.pack_tokens:,} tokens"
+    return f"{packed}, {data.num_tokens:,} tokens"

@@ -34,6 +34,7 @@ class StepRecord:
         learning_rate: of the backbone.
         seconds: wall time of the step.
         peak_memory_bytes: the most that any rank has held so far.
+        reading_s: of `seconds`, how long the main process waited for its batch.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepRecord:
     learning_rate: float
     seconds: float
     peak_memory_bytes: int
+    reading_s: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,6 +61,20 @@ class SkipRecord:
     step: int
     why: str
     in_a_row: int
+    in_all: int
+
+
+@dataclass(frozen=True)
+class BadSamples:
+    """Said before a step that is computed without some sequences of its batch.
+
+    Attributes:
+        why: of each, with shard and sample.
+        in_all: sequences left out up to this step.
+    """
+
+    step: int
+    why: tuple[str, ...]
     in_all: int
 
 
@@ -113,6 +129,9 @@ class Callback:
 
     def on_skip(self, record: SkipRecord) -> None:
         """After a step that was skipped, instead of on_step."""
+
+    def on_bad_samples(self, bad: BadSamples) -> None:
+        """Before a step from whose batch damaged samples are left out."""
 
     def on_checkpoint(self, record: SaveRecord) -> None:
         """After a checkpoint is whole."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,20 +18,22 @@ from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
 from comet_megatron.checkpoint.saving import Contents
 from comet_megatron.config.schema import Config
-from comet_megatron.data.dataset import ShardDataset
+from comet_megatron.data.dataset import Samples
+from comet_megatron.data.read_ahead import BatchReader, ReadSequence
 from comet_megatron.data.sampler import plan_positions
-from comet_megatron.data.training_data import TrainingData, TrainingSequence, sequence_of
+from comet_megatron.data.training_data import TrainingSequence, sequence_of
 from comet_megatron.errors import CometError, DataError, PeerError, TrainingError
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.activity import Activity
 from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout
+from comet_megatron.train.data import RunData
 from comet_megatron.train.model import TrainableModel
 from comet_megatron.train.nonfinite import NotFinite, UnusableStep
 from comet_megatron.train.optimizer import backbone_learning_rate
 from comet_megatron.train.profile import write_profile
-from comet_megatron.train.records import Callback, RunEnd, RunStart, SkipRecord, StepRecord
+from comet_megatron.train.records import BadSamples, Callback, RunEnd, RunStart, SkipRecord, StepRecord
 from comet_megatron.train.saver import Saver
 from comet_megatron.train.spike import largest_usual_norm, remember_norm
 from comet_megatron.train.step import BatchResult, evaluate, train_step
@@ -46,6 +47,7 @@ class Trainer:
     Attributes:
         tokenizer: folder that checkpoints carry along.
         progress: where the run is; 0 steps for a new one.
+        data: what is trained on and evaluated.
         callbacks: empty but on the main process.
         watch: ends the run when another process holds it up; None where there is no other.
         stop_request: a signal's.
@@ -58,8 +60,7 @@ class Trainer:
     schedule: OptimizerParamScheduler
     description: ModelDescription
     tokenizer: Path
-    train_data: TrainingData
-    eval_data: ShardDataset | None
+    data: RunData
     progress: Progress
     callbacks: Sequence[Callback]
     watch: HangWatch | None = None
@@ -103,12 +104,13 @@ class Trainer:
     def _run(self, folder: Path, summary: Sequence[str]) -> Path:
         train = self.config.train
         saver = Saver(folder, self.stage, self.optimizer, self.layout, train, self._tell)
+        reader = BatchReader(self.data.train, self._positions, num_workers=self.data.workers)
         try:
             self._tell("on_start", RunStart(folder, train.steps, self.progress.step, tuple(summary)))
             if self.progress.step == 0 and train.eval_every:
                 self._evaluate(0)
             try:
-                asked_to_stop = self._train(saver)
+                asked_to_stop = self._train(saver, reader)
             except CometError as error:
                 if not isinstance(error, PeerError):  # else all ranks are here, and the last save can be finished
                     self._finish(saver)
@@ -120,13 +122,23 @@ class Trainer:
                 self._tell("on_end", end)
             return end.checkpoint
         finally:
+            reader.close()
             self._tell("close")
 
-    def _train(self, saver: Saver) -> bool:
+    def _positions(self, step: int) -> Sequence[int] | None:
+        """What this rank trains on in a step, counted from 0; None behind the last one."""
+        train, layout = self.config.train, self.layout
+        if step >= train.steps:
+            return None
+        return plan_positions(
+            step, global_batch_size=train.global_batch_size, dp_rank=layout.dp_rank, dp_size=layout.dp
+        )
+
+    def _train(self, saver: Saver, reader: BatchReader) -> bool:
         """Steps, evaluations and checkpoints; whether it ended because it was asked to."""
         train = self.config.train
         for step in range(self.progress.step + 1, train.steps + 1):
-            border = self._step(step, saver)
+            border = self._step(step, saver, reader)
             is_last = step == train.steps
             must_stop = border.stop_requested and not is_last
             if saver.has_begun and border.all_have_written:
@@ -143,16 +155,12 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
 
-    def _step(self, step: int, saver: Saver) -> _Border:
+    def _step(self, step: int, saver: Saver, reader: BatchReader) -> _Border:
         started = time.perf_counter()
-        positions = plan_positions(
-            step - 1,
-            global_batch_size=self.config.train.global_batch_size,
-            dp_rank=self.layout.dp_rank,
-            dp_size=self.layout.dp,
-        )
         with self.activity.phase("reading the batch"):
-            sequences = self._read(self.train_data.at, positions)
+            batch = reader.read(step - 1)
+            reading_s = time.perf_counter() - started
+            sequences = self._usable(batch, step, of_all=self.config.train.global_batch_size)
         self.schedule.step(increment=1)
         records = self.config.profile.timeline and step == self.config.profile.timeline_step
         since = None
@@ -169,6 +177,7 @@ class Trainer:
                 learning_rate=backbone_learning_rate(self.optimizer),
                 seconds=time.perf_counter() - started,
                 peak_memory_bytes=border.peak_memory_bytes,
+                reading_s=reading_s,
             )
             self._tell("on_step", record)
         if since is not None:
@@ -216,25 +225,39 @@ class Trainer:
         self.progress = replace(progress, step=step, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
         self._tell("on_skip", SkipRecord(step, error.what, in_a_row, self.progress.skipped))
 
-    def _read(self, read: Callable[[int], TrainingSequence], numbers: Sequence[int]) -> list[TrainingSequence]:
-        """This rank's samples. A sample that one rank cannot read stops all ranks with the same message."""
-        found, problem = [], None
-        try:
-            found = [read(n) for n in numbers]
-        except DataError as error:
-            problem = error
-        problems: list[DataError | None] = [None] * self.layout.world_size
-        failed = torch.tensor(int(problem is not None), device=self.layout.device.torch_device)
+    def _usable(self, batch: Sequence[ReadSequence], step: int, *, of_all: int) -> list[TrainingSequence]:
+        """The documents of this rank's batch. What one rank cannot read, no rank uses. Communicates on the world.
+
+        Args:
+            of_all: sequences of the batch over all ranks.
+
+        Raises:
+            DataError: on all ranks: samples are damaged and data.on_bad_sample=stop, or none is left.
+        """
+        bad: dict[int, DataError] = {read.position: read.error for read in batch if read.error is not None}
+        failed = torch.tensor(len(bad), device=self.layout.device.torch_device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if int(failed):
-            dist.all_gather_object(problems, problem)
-            raise next(p for p in problems if p is not None)
-        return found
+            found: list[dict[int, DataError]] = [{}] * self.layout.world_size
+            dist.all_gather_object(found, bad)
+            bad = {position: error for one in found for position, error in one.items()}
+            if self.config.data.on_bad_sample == "stop":
+                error = bad[min(bad)]
+                advice = "to leave damaged samples out and list them in the log: data.on_bad_sample=skip"
+                way_out = "\n  ".join(filter(None, (error.way_out, advice)))
+                raise DataError(error.what, where=error.where, way_out=way_out)
+            if len(bad) == of_all:
+                raise DataError(f"no sample of step {step} can be used; the first: {bad[min(bad)]}")
+            in_all = self.progress.bad_samples + len(bad)
+            self.progress = replace(self.progress, bad_samples=in_all)
+            self._tell("on_bad_samples", BadSamples(step, tuple(str(bad[p]) for p in sorted(bad)), in_all))
+        return [document for read in batch if read.position not in bad for document in read.documents]
 
     def _evaluate(self, step: int) -> None:
-        count = min(self.config.train.eval_sequences, len(self.eval_data))
-        numbers = range(self.layout.dp_rank, count, self.layout.dp)
-        sequences = self._read(partial(sequence_of, self.eval_data), numbers)
+        held_out = self.data.held_out
+        count = min(self.config.train.eval_sequences, len(held_out))
+        batch = [_read_held_out(held_out, n) for n in range(self.layout.dp_rank, count, self.layout.dp)]
+        sequences = self._usable(batch, step, of_all=count)
         result = evaluate(self.model.executor, sequences, self.layout, settings=self.settings)
         self._tell("on_evaluation", step, result)
 
@@ -255,6 +278,13 @@ class Trainer:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         peak, stop, writing = most.tolist()
         return _Border(peak, stop_requested=bool(stop), all_have_written=not writing)
+
+
+def _read_held_out(data: Samples, number: int) -> ReadSequence:
+    try:
+        return ReadSequence(number, (sequence_of(data, number),))
+    except DataError as error:
+        return ReadSequence(number, error=error)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from comet_megatron.chunking import IGNORE_LABEL, next_token_labels
 from comet_megatron.data.cuts import CutPlan, parse_ways
 from comet_megatron.data.sampler import sample_index
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.testing.runs import run_command, write_config, write_start
 from comet_megatron.testing.tiny import TEXT_IDS, build_oracle, tiny_architecture, tiny_memory, tiny_sequences
 

@@ -24,11 +24,12 @@ import yaml
 from comet_megatron.config.load import load_config
 from comet_megatron.config.rules import check_config
 from comet_megatron.errors import PeerError
-from comet_megatron.launch.hand_over import HandOver, Order
 from comet_megatron.launch.main import main
+from comet_megatron.launch.order import Order
 from comet_megatron.launch.recipe import read_recipe
 from comet_megatron.launch.settings import choose_stages
 from comet_megatron.launch.small_model import SmallModel, make_small_model
+from comet_megatron.parallel.hand_over import HandOver
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "finetune_comet_128k.sh"
@@ -382,10 +383,11 @@ def waited(monkeypatch, store: FakeStore) -> tuple[Order | None, list[str]]:
     """What a waiting process gets, and says meanwhile."""
     hand_over = object.__new__(HandOver)
     hand_over._store, hand_over._key = store, "key"
-    monkeypatch.setattr("comet_megatron.launch.hand_over.LOOK_EVERY_S", 0)
-    monkeypatch.setattr("comet_megatron.launch.hand_over.TELL_EVERY_S", 0)
+    monkeypatch.setattr("comet_megatron.parallel.hand_over.LOOK_EVERY_S", 0)
+    monkeypatch.setattr("comet_megatron.parallel.hand_over.TELL_EVERY_S", 0)
     said: list[str] = []
-    return hand_over.wait(said.append, what_for="process 0"), said
+    told = hand_over.wait(said.append, what_for="process 0")
+    return told and Order.of(told), said
 
 
 def test_a_waiting_process_says_what_it_waits_for_and_gets_what_the_first_one_told(monkeypatch):

@@ -54,7 +54,7 @@ def killed_again_and_again(config: Path, run: Path, log: Path, kills: int) -> li
     "kills",
     [
         pytest.param(2, marks=pytest.mark.slow),
-        pytest.param(20, marks=[pytest.mark.faults, pytest.mark.timeout(900)]),
+        pytest.param(20, marks=[pytest.mark.faults, pytest.mark.timeout(1800)]),
     ],
 )
 def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_that_was_not(kills, start, tmp_path, pool):
@@ -62,9 +62,9 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_one_that_was_not(kills
     train = {"output": str(run), "steps": steps, "save_every": 3, "keep_last": 2}
     config = write_config(tmp_path / "c.yaml", start, train=train)
     told = killed_again_and_again(config, run, tmp_path / "log", kills)
-    assert len(told) >= min(2, kills) and "a save" in told, told
+    assert len(told) >= 0.9 * kills and {"a save", "training"} == set(told), told
     whole = ("--config", str(config), f"train.output={tmp_path / 'whole'}")
-    assert pool(2).run(run_command, *whole)[0][0] == 0
+    assert pool(2).run(run_command, *whole, timeout_s=600)[0][0] == 0
     first, second = (read_checksums(checkpoint_folder(folder, steps)) for folder in (run, tmp_path / "whole"))
     assert all(first[name] == second[name] for name in first if name.endswith(".distcp"))
     losses = [[(r["step"], r["loss"]) for r in read_metrics(folder)] for folder in (run, tmp_path / "whole")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,28 +12,11 @@ import pytest
 from comet_megatron.checkpoint.checksums import read_checksums
 from comet_megatron.checkpoint.model_folder import read_progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder, newest_checkpoint
-from comet_megatron.testing.runs import run_command, write_config
-from comet_megatron.train.step import train_step
+from comet_megatron.testing.runs import run_command, run_with_signal, write_config
 
 _spec = importlib.util.spec_from_file_location("torchrun_of_faults", Path(__file__).with_name("torchrun.py"))
 launcher = sys.modules.setdefault("torchrun_of_faults", importlib.util.module_from_spec(_spec))
 _spec.loader.exec_module(launcher)
-
-
-def run_with_signals(process, number: int, rank: int, step: int, *arguments: str):
-    """The command; in one step one rank gets a signal."""
-    from comet_megatron.train import trainer
-
-    def signalled(*given, **named):
-        if process.rank == rank and named["step"] == step:
-            os.kill(os.getpid(), number)
-        return train_step(*given, **named)
-
-    trainer.train_step = signalled
-    try:
-        return run_command(process, *arguments)
-    finally:
-        trainer.train_step = train_step
 
 
 @pytest.fixture
@@ -49,7 +31,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on_bi
     step, number, config, tmp_path, pool
 ):
     arguments = ("--config", str(config))
-    results = pool(2).run(run_with_signals, number, 1, step, *arguments)
+    results = pool(2).run(run_with_signal, number, 1, step, *arguments)
     assert {code for code, _, _ in results} == {0}, results[0][2]
     assert f"stopped on request after step {step}; --resume goes on" in results[0][1]
     assert read_progress(newest_checkpoint(tmp_path / "run")).step == step
@@ -60,7 +42,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on_bi
 
 
 def test_a_signal_in_the_last_step_ends_the_run_as_usual(config, pool):
-    results = pool(2).run(run_with_signals, signal.SIGTERM, 0, 7, "--config", str(config))
+    results = pool(2).run(run_with_signal, signal.SIGTERM, 0, 7, "--config", str(config))
     assert {code for code, _, _ in results} == {0}
     assert "done. The run is in" in results[0][1] and "stopped on request" not in results[0][1]
 

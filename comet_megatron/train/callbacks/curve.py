@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comet_megatron.train.records import Callback, RunEnd, RunStart, SkipRecord, StepRecord
+from comet_megatron.train.records import BadSamples, Callback, RunEnd, RunStart, SkipRecord, StepRecord
 from comet_megatron.train.step import BatchResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,12 +40,16 @@ class Curve(Callback):
             grad_norm=record.result.grad_norm,
             tokens_per_second=round(record.tokens_per_second, 1),
             seconds=round(record.seconds, 4),
+            reading_seconds=round(record.reading_s, 5),
             peak_memory_bytes=record.peak_memory_bytes,
             **({"bubble": round(record.result.bubble, 5)} if record.result.bubble else {}),
         )
 
     def on_skip(self, record: SkipRecord) -> None:
         self._write(step=record.step, skipped=record.why)
+
+    def on_bad_samples(self, bad: BadSamples) -> None:
+        self._write(step=bad.step, bad_samples=list(bad.why))
 
     def on_stop(self, step: int, end: RunEnd) -> None:
         self.on_end(end)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from comet_megatron.train.records import Callback, FailedSave, RunEnd, RunStart, SaveRecord, SkipRecord, StepRecord
+from comet_megatron.train.records import (
+    BadSamples,
+    Callback,
+    FailedSave,
+    RunEnd,
+    RunStart,
+    SaveRecord,
+    SkipRecord,
+    StepRecord,
+)
 from comet_megatron.train.step import BatchResult
 
 LOG_FILE = "log.txt"
@@ -83,6 +92,10 @@ class Progress(Callback):
             self.bar.update(record.step - self.bar.n)
         counted = f"{record.in_a_row} in a row, {record.in_all} in all"
         self._say(f"step {record.step}/{self.steps}  SKIPPED ({counted}): {record.why}")
+
+    def on_bad_samples(self, bad: BadSamples) -> None:
+        for number, why in enumerate(bad.why, start=bad.in_all - len(bad.why) + 1):
+            self._say(f"step {bad.step}/{self.steps}  LEFT OUT ({number} in all): {why}")
 
     def on_checkpoint(self, record: SaveRecord) -> None:
         times = f"training waited {record.blocking_s:.2f} s for it; written in {record.writing_s:.2f} s"

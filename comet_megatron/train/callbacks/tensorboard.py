@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from comet_megatron.train.records import Callback, FailedSave, RunStart, SaveRecord, SkipRecord, StepRecord
+from comet_megatron.train.records import BadSamples, Callback, FailedSave, RunStart, SaveRecord, SkipRecord, StepRecord
 from comet_megatron.train.step import BatchResult
 
 
@@ -31,6 +31,7 @@ class TensorBoard(Callback):
             "train/gradient_norm": result.grad_norm,
             "speed/text_tokens_per_second": record.tokens_per_second,
             "speed/step_seconds": record.seconds,
+            "speed/reading_seconds": record.reading_s,
             "speed/peak_memory_gib": record.peak_memory_bytes / 2**30,
         }
         if result.bubble:
@@ -45,6 +46,9 @@ class TensorBoard(Callback):
 
     def on_skip(self, record: SkipRecord) -> None:
         self._write({"train/skipped_steps": record.in_all}, record.step)
+
+    def on_bad_samples(self, bad: BadSamples) -> None:
+        self._write({"data/bad_samples": bad.in_all}, bad.step)
 
     def on_checkpoint(self, record: SaveRecord) -> None:
         times = {"speed/save_blocking_seconds": record.blocking_s, "speed/save_writing_seconds": record.writing_s}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.data.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]

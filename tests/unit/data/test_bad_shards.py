@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.shards import Manifest, Sample, ShardInfo, index_shard, load_manifest, write_shards
+from comet_megatron.data.shard_writer import index_shard, write_shards
+from comet_megatron.data.shards import Manifest, Sample, ShardInfo, load_manifest
 from comet_megatron.errors import DataError
 
 OPTIONS = {"tokenizer_fingerprint": "f" * 64, "vocab_size": 1000, "settings": {}}

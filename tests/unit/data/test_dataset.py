@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comet_megatron.data import dataset as dataset_module
+from comet_megatron.data import storage
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.shards import load_index, load_manifest, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import load_index, load_manifest
 from comet_megatron.errors import DataError
 
 
@@ -39,7 +40,7 @@ def test_it_counts_from_the_end_and_stops_at_the_end_as_a_sequence_does(shard_di
 
 
 def test_open_files_are_bounded_and_closed(shard_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 2)
     dataset = ShardDataset(shard_dir)
     assert len(dataset.manifest.shards) > 3
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else pytest.skip("needs /proc")
@@ -60,7 +61,7 @@ def test_a_pickled_dataset_reads_the_same(shard_dir: Path, samples) -> None:
 
 
 def test_threads_may_share_it(shard_dir: Path, samples, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "MAX_OPEN_SHARDS", 1)  # as much opening and closing as possible
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 1)  # as much opening and closing as possible
     dataset = ShardDataset(shard_dir)
     numbers = [int(n) for n in np.random.default_rng(0).integers(0, len(dataset), size=500)]
     with ThreadPoolExecutor(8) as pool:

@@ -11,7 +11,8 @@ import pytest
 import webdataset
 
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.shards import MASK_MEMBER, Sample, index_shard, load_index, load_manifest, write_shards
+from comet_megatron.data.shard_writer import index_shard, write_shards
+from comet_megatron.data.shards import MASK_MEMBER, Sample, load_index, load_manifest
 from comet_megatron.errors import DataError
 
 OPTIONS = {"tokenizer_fingerprint": "f" * 64, "vocab_size": 1000, "shard_bytes": 4000, "settings": {}}

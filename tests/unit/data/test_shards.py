@@ -11,14 +11,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from comet_megatron.data.shards import (
-    Sample,
-    ShardIndex,
-    index_shard,
-    load_index,
-    load_manifest,
-    write_shards,
-)
+from comet_megatron.data.shard_writer import index_shard, write_shards
+from comet_megatron.data.shards import Sample, ShardIndex, load_index, load_manifest
 from comet_megatron.errors import DataError, OutputError
 
 OPTIONS = {"tokenizer_fingerprint": "f" * 64, "vocab_size": 1000, "settings": {}}
