@@ -9,13 +9,13 @@ too, as far as the template keeps them, and the text trained on is the template'
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from comet_megatron.data.rows import Chat, check_is_unicode
-from comet_megatron.data.tokenizer import encode
+from comet_megatron.data.tokenizer import encode, plain_backend
 from comet_megatron.errors import ConfigError, DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -68,15 +68,18 @@ class ChatEncoder:
         """
         if self.template is None:
             return self._encode_plainly(chat, where=where)
-        text = self._render(chat.messages, chat, where=where)
-        check_is_unicode(text, what="the rendered chat", where=where)
         if self._has_generation_marks:
-            spans = self._marked_spans(chat, where=where)
+            text, spans = self._marked_spans(chat, where=where)
+            check_is_unicode(text, what="the rendered chat", where=where)
         else:
-            spans = self._found_spans(chat, text, where=where)
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-        mask = tokens_in_spans(encoded.encodings[0], spans, num_tokens=len(ids))
+            replaced, marks = _with_marks_for_replies(chat)
+            text, rest = self._render([chat.messages, replaced], chat.tools, where=where)
+            check_is_unicode(text, what="the rendered chat", where=where)
+            spans = self._found_spans(text, rest, marks, where=where)
+        backend = plain_backend(self.tokenizer, split_special_tokens=self.tokenizer.split_special_tokens)
+        encoding = backend.encode_batch([text], add_special_tokens=False)[0]  # `encode` takes longer
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        mask = tokens_in_spans(encoding, spans, num_tokens=len(ids))
         if not mask.any():
             raise DataError("no token of the chat carries loss: its replies are empty", where=where)
         return ids, mask
@@ -94,31 +97,37 @@ class ChatEncoder:
         ids = np.asarray([*prompt, *response, self.tokenizer.eos_token_id], dtype=np.int32)
         return ids, np.arange(len(ids)) >= len(prompt)
 
-    def _render(self, messages: Sequence[Any], chat: Chat | None, *, where: str, **options: Any) -> str:
-        tools = list(chat.tools) if chat is not None and chat.tools else None
+    def _render(
+        self, conversations: Sequence[Sequence[Any]], tools: Sequence[Any] | None, *, where: str, **options: Any
+    ) -> list[str]:
+        """The text of each conversation; one call, since what it does besides rendering takes longer than that."""
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, chat_template=self.template, tokenize=False, **options
+                [list(messages) for messages in conversations],
+                tools=list(tools) if tools else None,
+                chat_template=self.template,
+                tokenize=False,
+                **options,
             )
         except Exception as error:  # Jinja, or what the template raises itself
             raise DataError(f"the chat template refuses the conversation: {_reason(error)}", where=where) from error
 
     def _find_generation_prompt(self) -> str:
         """What the template adds for the model to go on; empty if it adds nothing, or cannot be asked this way."""
-        question = [{"role": "user", "content": "question"}]
+        question = [[{"role": "user", "content": "question"}]]
         try:
-            without = self._render(question, None, where="")
-            with_prompt = self._render(question, None, where="", add_generation_prompt=True)
+            (without,) = self._render(question, None, where="")
+            (with_prompt,) = self._render(question, None, where="", add_generation_prompt=True)
         except DataError:
             return ""
         return with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
 
-    def _marked_spans(self, chat: Chat, *, where: str) -> list[Span]:
-        """What the template marks as generated."""
+    def _marked_spans(self, chat: Chat, *, where: str) -> tuple[str, list[Span]]:
+        """The text of the chat, and what the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            _, spans = render_jinja_template(
+            texts, spans = render_jinja_template(
                 conversations=[[dict(message) for message in chat.messages]],
                 tools=list(chat.tools) if chat.tools else None,
                 chat_template=self.template,
@@ -127,29 +136,23 @@ class ChatEncoder:
             )
         except Exception as error:
             raise DataError(f"the chat template refuses the conversation: {_reason(error)}", where=where) from error
-        return [(int(start), int(end)) for start, end in spans[0]]
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
-    def _found_spans(self, chat: Chat, text: str, *, where: str) -> list[Span]:
-        """The replies in the rendered text, each with the token that ends its turn."""
-        between = self._texts_between_replies(chat, where=where)
+    def _found_spans(self, text: str, rest: str, marks: Sequence[str], *, where: str) -> list[Span]:
+        """The replies in the rendered text, each with the token that ends its turn.
+
+        Args:
+            rest: the text with marks in the place of the replies.
+        """
+        between = self._texts_between_replies(rest, marks, where=where)
         spans = []
         for start, end in spans_between(text, between, where=where):
             found = self._end_token.match(text, end) if self._end_token else None
             spans.append((start, found.end() if found else end))
         return spans
 
-    def _texts_between_replies(self, chat: Chat, *, where: str) -> list[str]:
+    def _texts_between_replies(self, rest: str, marks: Sequence[str], *, where: str) -> list[str]:
         """What the template writes before the first reply, between two, and after the last; generation prompts too."""
-        marker = _MARKER
-        while any(marker in str(message) for message in chat.messages):
-            marker += "-"
-        messages, marks = [], []
-        for message in chat.messages:
-            if message["role"] == "assistant":
-                marks.append(f"{marker}{len(marks)}:")
-                message = {"role": "assistant", "content": marks[-1]}
-            messages.append(message)
-        rest = self._render(messages, chat, where=where)
         texts = []
         for mark in marks:
             before, found, after = rest.partition(mark)
@@ -164,6 +167,20 @@ class ChatEncoder:
         if not texts:
             raise DataError("the chat template leaves every reply out", where=where)
         return [*texts, rest]
+
+
+def _with_marks_for_replies(chat: Chat) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The messages with a mark in the place of each reply; the marks, which are in no message."""
+    marker = _MARKER
+    while any(marker in str(message) for message in chat.messages):
+        marker += "-"
+    messages, marks = [], []
+    for message in chat.messages:
+        if message["role"] == "assistant":
+            marks.append(f"{marker}{len(marks)}:")
+            message = {"role": "assistant", "content": marks[-1]}
+        messages.append(message)
+    return messages, marks
 
 
 def spans_between(text: str, between: Sequence[str], *, where: str) -> list[Span]:

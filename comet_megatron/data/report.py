@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class PartCounts:
         self.lengths[max(document.num_tokens, 1).bit_length() - 1] += 1
 
     def copy(self) -> PartCounts:
-        return PartCounts(**(asdict(self)))
+        return replace(self, lengths=self.lengths.copy())
 
     @staticmethod
     def sum(parts: Sequence[PartCounts]) -> PartCounts:

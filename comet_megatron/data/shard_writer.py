@@ -37,6 +37,7 @@ from comet_megatron.data.shards import (
     mask_from_npy,
     npy_bytes,
 )
+from comet_megatron.data.tar_writer import TarFileWriter
 from comet_megatron.errors import DataError
 from comet_megatron.new_folder import new_folder
 
@@ -89,9 +90,9 @@ class ShardWriter:
         self._index_parts: list[ShardIndex] = []
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
-        self._tar: Any = None
+        self._tar: TarFileWriter | None = None
         self._bytes_in_shard = 0
-        self._samples_in_shard = 0
+        self._rows: list[tuple[int, ...]] = []  # of the index of the shard that is open
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -100,9 +101,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:  # not finished: an error is on its way
-            with contextlib.suppress(OSError):
-                self._tar.close()  # else it tries by itself when it is collected, and complains of the closed file
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk shows again when the rest is written
+                self._file.close()
             self._file = None
 
     def add(self, sample: Sample) -> None:
@@ -114,19 +114,23 @@ class ShardWriter:
         """
         ids, mask = self._checked(sample)
         meta = {**sample.meta, "num_tokens": len(ids)}
-        members = {IDS_MEMBER: npy_bytes(ids)}
+        if self._tar is None:
+            self._tar = self._open_shard()
+        key = f"{self.num_samples:09d}"
+        payload = npy_bytes(ids)
+        offset = self._tar.add(f"{key}.{IDS_MEMBER}", payload)
+        row = (len(self._shards), offset, len(payload), zlib.crc32(payload), len(ids))
+        self._bytes_in_shard += len(payload)
         num_labels = len(ids)
+        mask_columns = tuple(NO_MASK.values())
         if mask is not None:
-            members[MASK_MEMBER] = npy_bytes(mask.astype(np.uint8))
+            payload = npy_bytes(mask.view(np.uint8))
+            mask_columns = (self._tar.add(f"{key}.{MASK_MEMBER}", payload), len(payload), zlib.crc32(payload))
             meta["num_labels"] = num_labels = int(np.count_nonzero(mask))
-        payload_bytes = sum(map(len, members.values()))
-        members[META_MEMBER] = json.dumps(meta, sort_keys=True).encode("utf-8")
-        if self._file is None:
-            self._open_shard()
-        self._tar.write({"__key__": f"{self.num_samples:09d}", **members})
+            self._bytes_in_shard += len(payload)
+        self._tar.add(f"{key}.{META_MEMBER}", json.dumps(meta, sort_keys=True).encode("utf-8"))
+        self._rows.append((*row, *mask_columns, num_labels))
         self._count(ids, mask, num_labels)
-        self._samples_in_shard += 1
-        self._bytes_in_shard += payload_bytes
         if self._bytes_in_shard >= self.shard_bytes:
             self._close_shard()
 
@@ -226,27 +230,29 @@ class ShardWriter:
             raise DataError(what, where=where)
         return ids.astype(np.int32, copy=False), mask
 
-    def _open_shard(self) -> None:
-        from webdataset import TarWriter  # imports torch, which reading the shards does not need
-
-        path = self.folder / self._name_of_next()
-        self._file = open(path, "wb")  # noqa: SIM115 (not by name: TarWriter takes some names for URLs)
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._bytes_in_shard = self._samples_in_shard = 0
+    def _open_shard(self) -> TarFileWriter:
+        self._file = open(self.folder / self._name_of_next(), "wb")  # noqa: SIM115 (open until the shard is full)
+        self._bytes_in_shard, self._rows = 0, []
+        return TarFileWriter(self._file)
 
     def _name_of_next(self) -> str:
         return f"shard-{len(self._shards):06d}.tar"
 
     def _close_shard(self) -> None:
-        assert self._file is not None
+        assert self._file is not None and self._tar is not None
         self._tar.close()
         self._file.close()
         path = Path(self._file.name)
-        self._file = None
-        part = index_shard(path, shard=len(self._shards))
-        assert len(part) == self._samples_in_shard, f"{path} holds {len(part)} samples, not {self._samples_in_shard}"
-        self._index_parts.append(part)
-        self._shards.append(ShardInfo(path.name, path.stat().st_size, self._samples_in_shard))
+        self._file = self._tar = None
+        self._index_parts.append(_index_of_rows(self._rows))
+        self._shards.append(ShardInfo(path.name, path.stat().st_size, len(self._rows)))
+
+
+def _index_of_rows(rows: list[tuple[int, ...]]) -> ShardIndex:
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(INDEX_DTYPES)
+    return ShardIndex(
+        **{name: np.asarray(c, dtype=kind) for (name, kind), c in zip(INDEX_DTYPES.items(), columns, strict=True)}
+    )
 
 
 def index_shard(path: Path, *, shard: int) -> ShardIndex:
@@ -276,10 +282,7 @@ def index_shard(path: Path, *, shard: int) -> ShardIndex:
     if masks:
         what = f"a loss mask without token ids: {min(masks)}.{MASK_MEMBER}"
         raise DataError(what, where=str(path), way_out=PREPARE_AGAIN)
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(INDEX_DTYPES)
-    return ShardIndex(
-        **{name: np.asarray(c, dtype=kind) for (name, kind), c in zip(INDEX_DTYPES.items(), columns, strict=True)}
-    )
+    return _index_of_rows(rows)
 
 
 def _key_and_kind(member: tarfile.TarInfo, path: Path) -> tuple[str, str]:

@@ -297,7 +297,27 @@ def tokenizer_fingerprint(folder_or_tokenizer: Any, *, below: int | None = None)
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text, and of nothing but the text: no token is added, and `<|endoftext|>` in it is plain text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if not tokenizer.is_fast:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    # No offsets: they would take a fifth to a third of the time.
+    backend = plain_backend(tokenizer, split_special_tokens=True)
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def plain_backend(tokenizer: Any, *, split_special_tokens: bool) -> Any:
+    """The package tokenizers' part of a fast tokenizer, neither truncating nor padding, as a call of it sets it.
+
+    Args:
+        split_special_tokens: a special token that is spelled in a text is plain text, not that token.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != split_special_tokens:
+        backend.encode_special_tokens = split_special_tokens
+    return backend
 
 
 def ids_of_document(tokenizer: Any, text: str) -> np.ndarray:
