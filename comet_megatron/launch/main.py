@@ -3,7 +3,8 @@
 Settings, by environment:
   CONFIG  recipe, a YAML file (examples/configs/comet_128k.yaml: the paper's; tiny_128k.yaml: on CPU)
   MODEL   Hugging Face folder, or a checkpoint of this project, which keeps its own memory sizes
-  DATA    text, .jsonl, a folder of them, shards of tools/prepare_data.py, or the word python-stdlib
+  DATA    text, .jsonl, a folder of them, shards of tools/prepare_data.py or their URL, [[A, 0.7], [B, 0.3]] of
+          such places with weights, or the word python-stdlib
   OUTPUT  folder: start/, data/ and train/; with several machines on a file system that all of them share
   TP, PP  tensor-parallel size, pipeline stages; data parallelism takes the rest of the processes
 """
@@ -17,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from comet_megatron.data.storage import is_url
 from comet_megatron.errors import USER_ERROR_EXIT_CODE, CometError, OutputError, report_user_errors
 from comet_megatron.launch.order import Order
 from comet_megatron.launch.plan import Plan, make_plan, override
 from comet_megatron.launch.prepare import describe_data, make_data, make_start, tokenizer_of
 from comet_megatron.launch.requirements import check_gpus
+from comet_megatron.launch.sources import is_list
 from comet_megatron.parallel.hand_over import HandOver
 from comet_megatron.parallel.process import ProcessRank
 
@@ -88,7 +91,7 @@ def _prepare(plan: Plan) -> Order:
     arguments = [
         *(["--resume"] if plan.resume else []),
         override("model.path", start),
-        override("data.train", train),
+        f"data.train={train}" if is_list(train) else override("data.train", train),
         *evaluation,
         override("train.output", plan.output / "train"),
         f"parallel.tp={plan.tp}",
@@ -98,7 +101,7 @@ def _prepare(plan: Plan) -> Order:
     return Order(
         config=str(plan.file.path),
         arguments=tuple(arguments),
-        folders=(str(start), str(train), str(plan.file.path)),
+        folders=(str(start), *([] if is_list(train) or is_url(train) else [train]), str(plan.file.path)),
         needs_gpu=plan.file.recipe.needs_gpu,
     )
 

@@ -14,6 +14,7 @@ from comet_megatron.checkpoint.run_folder import check_is_new_run, newest_checkp
 from comet_megatron.config.load import LoadedConfig, load_config
 from comet_megatron.config.rules import check_config, check_layout, check_stride_divides
 from comet_megatron.data.documents import PYTHON_STDLIB
+from comet_megatron.data.storage import is_url
 from comet_megatron.errors import CometError, ConfigError, OutputError
 from comet_megatron.launch.prepare import data_folder, is_made, origin_of_data, origin_of_start, start_folder
 from comet_megatron.launch.recipe import Recipe, RecipeFile, read_recipe
@@ -33,6 +34,7 @@ from comet_megatron.launch.sources import (
     ModelSource,
     find_data,
     find_model,
+    is_list,
     plan_small_model,
 )
 from comet_megatron.parallel.process import ProcessRank
@@ -86,8 +88,8 @@ def make_plan(
     raise ConfigError.collect(planner.problems)
 
 
-def override(key: str, path: Path) -> str:
-    """An argument of the train command that gives a path, whatever characters are in it."""
+def override(key: str, path: str | Path) -> str:
+    """An argument of the train command that gives a path or URL, whatever characters are in it."""
     text = str(path).replace("${", "\\${")
     return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
@@ -161,7 +163,8 @@ class _Planner:
     def _data(self, file: RecipeFile) -> DataSource | None:
         setting = self.given.get("DATA", file.recipe.data, file.path.name)
         path = path_of(setting, self.repository)
-        self._tell("DATA", setting.value if setting.value == PYTHON_STDLIB else shown(path), setting.source)
+        is_path = setting.value != PYTHON_STDLIB and not is_list(setting.value) and not is_url(setting.value)
+        self._tell("DATA", shown(path) if is_path else setting.value, setting.source)
         return self._attempt(find_data, setting.value, path, file.recipe)
 
     def _output(self, file: RecipeFile) -> Path:

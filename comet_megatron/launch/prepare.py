@@ -20,11 +20,12 @@ from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import TOKENIZER
 from comet_megatron.data.prepare import NO_LIMIT, PrepareSettings, prepare_data
 from comet_megatron.data.shards import MANIFEST_NAME, load_manifest
+from comet_megatron.data.sources import EVAL, TRAIN
 from comet_megatron.errors import OutputError
 from comet_megatron.launch.recipe import Recipe
 from comet_megatron.launch.settings import shown
 from comet_megatron.launch.small_model import make_small_model
-from comet_megatron.launch.sources import DataSource, JoinedDocuments, ModelSource
+from comet_megatron.launch.sources import DataSource, JoinedDocuments, ModelSource, is_list
 from comet_megatron.new_folder import new_folder
 
 MADE_FROM = "made_from.json"
@@ -119,7 +120,7 @@ def make_start(model: ModelSource, recipe: Recipe, output: Path) -> Path:
     return folder
 
 
-def make_data(data: DataSource, recipe: Recipe, output: Path, *, tokenizer: Path) -> tuple[Path, Path | None]:
+def make_data(data: DataSource, recipe: Recipe, output: Path, *, tokenizer: Path) -> tuple[str, str | None]:
     """Shards to train on and, if documents are held out, shards to evaluate on: DATA itself, an earlier launch's, new.
 
     Args:
@@ -147,12 +148,14 @@ def make_data(data: DataSource, recipe: Recipe, output: Path, *, tokenizer: Path
         with new_folder(folder) as new:
             prepare_data(documents, tokenizer=load_tokenizer(tokenizer), output_dir=new, settings=settings)
             (new / MADE_FROM).write_text(json.dumps(origin, indent=2) + "\n")
-    held_out = folder / "eval"
-    return folder / "train", held_out if (held_out / MANIFEST_NAME).exists() else None
+    held_out = folder / EVAL
+    return str(folder / TRAIN), str(held_out) if (held_out / MANIFEST_NAME).exists() else None
 
 
-def describe_data(train: Path, held_out: Path | None) -> str:
+def describe_data(train: str, held_out: str | None) -> str:
     """The number of sequences, one line."""
+    if is_list(train):
+        return train
     parts = []
     for name, folder in (("to train on", train), ("held out", held_out)):
         if folder is not None:

@@ -17,7 +17,9 @@ from comet_megatron.data.documents import (
     find_documents,
     python_stdlib_files,
 )
-from comet_megatron.data.shards import MANIFEST_NAME
+from comet_megatron.data.shards import has_shards
+from comet_megatron.data.sources import EVAL, TRAIN, find_source
+from comet_megatron.data.storage import is_url, join
 from comet_megatron.errors import CheckpointError, DataError
 from comet_megatron.launch.recipe import Recipe
 from comet_megatron.launch.settings import shown
@@ -44,10 +46,14 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class DataSource:
-    """DATA as it was found: shards to train on, or texts to make them of."""
+    """DATA as it was found: shards to train on, or texts to make them of.
 
-    train: Path | None = None
-    eval: Path | None = None
+    Attributes:
+        train: as the train command takes it: a place, or a list of places with weights.
+    """
+
+    train: str | None = None
+    eval: str | None = None
     texts: DocumentSource | None = None
     is_joined: bool = False  # all texts make one document
 
@@ -133,8 +139,13 @@ def _with_memory(kind: str, path: Path, architecture: Architecture, recipe: Reci
     return ModelSource(kind, path, replace(architecture, vocab_size=first + 2 + slots), memory)
 
 
+def is_list(data: str) -> bool:
+    """Whether DATA gives several places, as in [[A, 0.7], [B, 0.3]]."""
+    return data.startswith("[")
+
+
 def find_data(data: str, path: Path, recipe: Recipe) -> DataSource:
-    """What DATA is: the word python-stdlib, shards, or texts.
+    """What DATA is: the word python-stdlib, shards, a URL of such, a list as data.train takes it, or texts.
 
     Args:
         data: as it was given; path: the same as a path.
@@ -144,11 +155,13 @@ def find_data(data: str, path: Path, recipe: Recipe) -> DataSource:
     """
     if data == PYTHON_STDLIB:
         return DataSource(texts=python_stdlib_files(), is_joined=True)
-    if (path / MANIFEST_NAME).exists():
-        return DataSource(train=path)
-    if (path / "train" / MANIFEST_NAME).exists():
-        held_out = path / "eval"
-        return DataSource(train=path / "train", eval=held_out if (held_out / MANIFEST_NAME).exists() else None)
+    if is_list(data):
+        return DataSource(train=data)  # the train command finds what is wrong with it
+    place = data if is_url(data) else str(path)
+    if is_url(data) or has_shards(place) or has_shards(join(place, TRAIN)):
+        (train,) = find_source(place, part=TRAIN, key="DATA").shards
+        held_out = join(place, EVAL)
+        return DataSource(train=train, eval=held_out if train != place and has_shards(held_out) else None)
     try:
         return DataSource(texts=find_documents([str(path)]))
     except DataError as error:
