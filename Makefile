@@ -59,6 +59,7 @@ benchmark: $(READY)  ## figures beside their reach; exits 1 if one is missed
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/state.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(COMPAT) runs build *.egg-info .pytest_cache .ruff_cache

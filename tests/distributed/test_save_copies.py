@@ -117,3 +117,38 @@ def test_a_save_clones_the_state_once(tmp_path, pool):
     (tmp_path / "tokenizer").mkdir()
     ((cloned, state),) = pool(1).run(copied_bytes, tmp_path / "saved", tmp_path / "tokenizer")
     assert state <= cloned < 1.05 * state
+
+
+def gathered_states(process) -> list[tuple[int, int, bool]]:
+    """On the main rank, of each key of each buffer: parameters, those whose state is not what Megatron gathers, and
+    whether the last shard ends behind the buffer."""
+    layout = layout_of(process)
+    architecture, memory = tiny_architecture(num_layers=1), tiny_memory()
+    stage = build_stage(architecture, memory, layout.groups)
+    load_hf_tensors(stage, oracle_tensors(build_oracle(architecture, memory)))
+    model = build_trainable({0: stage}, layout, zero1=True)
+    optimizer = build_optimizer(model, OptimizerSection(), precision="fp32", zero1=True)
+    train_step(model, optimizer, tiny_sequences((50,)), layout, settings=BackwardSettings(), step=1)
+    found = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        ours = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+        theirs = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=False)
+        for number, buffer in enumerate(part.buffers if process.rank == 0 else ()):
+            ((dtype, one),), ((_, other),) = ours[number].items(), theirs[number].items()
+            assert one.keys() == other.keys() and one["numel_unpadded"] == other["numel_unpadded"], dtype
+            places = [(start, end) for start, end, _ in buffer.param_index_map.values()]
+            is_padded = sum(bucket.grad_data.numel() for bucket in buffer.buckets) > one["numel_unpadded"]
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                wrong = [
+                    place for place in places if not torch.equal(one[key][slice(*place)], other[key][slice(*place)])
+                ]
+                assert any(bool(one[key][slice(*place)].any()) for place in places)
+                found.append((len(places), len(wrong), is_padded))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_optimizers_state_is_gathered_as_megatron_gathers_it(world, pool):
+    found = pool(world).run(gathered_states)[0]
+    assert found and all(params > 10 and wrong == 0 for params, wrong, _ in found)
+    assert any(is_padded for _, _, is_padded in found)
