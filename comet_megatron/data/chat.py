@@ -172,7 +172,8 @@ class ChatEncoder:
 def _with_marks_for_replies(chat: Chat) -> tuple[list[Mapping[str, Any]], list[str]]:
     """The messages with a mark in the place of each reply; the marks, which are in no message."""
     marker = _MARKER
-    while any(marker in str(message) for message in chat.messages):
+    # A string is looked at as it is: printing one with quotes and escapes takes longer than to find nothing in it.
+    while any(marker in (v if isinstance(v, str) else str(v)) for m in chat.messages for kv in m.items() for v in kv):
         marker += "-"
     messages, marks = [], []
     for message in chat.messages:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,28 @@ def edit_weights(change: Callable[[dict], None]) -> Callable[[Path], None]:
     return edit
 
 
+def flip_a_byte_of_every_sample(folder: Path) -> None:
+    """In the last token id of each."""
+    for shard in (folder / "data").glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".ids.npy"):
+                    content[member.offset_data + member.size - 1] ^= 1
+        shard.write_bytes(content)
+
+
+def newer(pattern: str) -> Callable[[Path], None]:
+    """Some files of the data are of another preparation."""
+
+    def put(folder: Path) -> None:
+        write_data(folder / "newer", tiny_sequences((41,) * 20, seed=5))
+        for path in (folder / "newer").glob(pattern):
+            shutil.copyfile(path, folder / "data" / path.name)
+
+    return put
+
+
 def save_small_tokenizer(folder: Path) -> None:
     """A tokenizer with fewer tokens than the tiny model."""
     from transformers import PreTrainedTokenizerFast
@@ -259,6 +282,11 @@ TRAIN = {
     "no data folder": Mistake(("data",), remove("data")),
     "an empty data folder": Mistake(("data",), empty("data")),
     "a truncated shard": Mistake(("shard",), truncate("data/*.tar")),
+    "a shard of 0 bytes": Mistake(("shard-000000.tar has 0 bytes",), write("data/shard-000000.tar", "")),
+    "an index older than its shards": Mistake(("shards are not as written", "shard-000000.tar has"), newer("*.tar")),
+    "the index of other shards": Mistake(("the index is damaged or of other data", "index.npz"), newer("index.npz")),
+    "an index of 0 bytes": Mistake(("the index is damaged", "index.npz"), write("data/index.npz", "")),
+    "a manifest of 0 bytes": Mistake(("the manifest is damaged", "manifest.json"), write("data/manifest.json", "")),
     "a missing shard": Mistake(("missing",), lambda folder: next((folder / "data").glob("*.tar")).unlink()),
     "data of another tokenizer": Mistake(("another tokenizer of 200 ids",), other_tokenizer),
     "an output folder that is not empty": Mistake(("is not empty",), write("run/notes.txt", "mine")),
@@ -304,6 +332,12 @@ def test_training_refuses(name, place, pool):
     typed = [t.format(place) for t in mistake.typed]
     assert_refused(pool(1).run(run_command, "--config", str(config), *typed)[0], mistake.says)
     assert listing(place) == before
+
+
+def test_a_damaged_sample_stops_training_with_its_shard_and_number(place, pool):
+    flip_a_byte_of_every_sample(place)
+    result = pool(1).run(run_command, "--config", str(write_config(place / "c.yaml", place)))[0]
+    assert_refused(result, ("the sample is damaged", "shard-000000.tar, sample", "data.on_bad_sample=skip"))
 
 
 def test_all_problems_of_a_config_come_with_the_lines_they_stand_on(place, pool):

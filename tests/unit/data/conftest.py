@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from comet_megatron.data.shard_writer import write_shards
 from comet_megatron.data.shards import Sample
 from comet_megatron.data.tokenizer import load_tokenizer
+
+settings.register_profile("repeatable", derandomize=True)  # the same examples each time
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from comet_megatron.data.documents import Document, python_stdlib_files
 from comet_megatron.data.tokenizer import (
@@ -26,34 +27,69 @@ from comet_megatron.data.tokenizer import (
 from comet_megatron.errors import ConfigError, DataError
 
 CORPUS = [Document(f"d{n}", f"def f{n}(x):\n    if x:\n        return x * {n}\n\ttab\n") for n in range(200)]
-SCRIPTS = [
-    (0x20, 0x7E),  # ASCII
-    (0x00, 0x1F),  # control characters
-    (0x80, 0x24F),  # Latin
-    (0x370, 0x52F),  # Greek, Cyrillic
-    (0x590, 0x6FF),  # Hebrew, Arabic
-    (0x900, 0xE7F),  # Indic, Thai
-    (0x2000, 0x2580),  # punctuation, symbols
-    (0x3040, 0x30FF),  # Kana
-    (0x4E00, 0x9FFF),  # CJK
-    (0xAC00, 0xD7A3),  # Hangul
-    (0xE000, 0xFFFD),  # private use, compatibility forms
-    (0x1F300, 0x1FAFF),  # emoji
-    (0x10000, 0x10FFFF),  # the rest
-]
+SCRIPTS = {  # inclusive ranges of characters
+    "ASCII": [(0x20, 0x7E)],
+    "Latin with diacritics": [(0x61, 0x7A), (0xC0, 0x24F), (0x1E00, 0x1EFF)],
+    "Cyrillic": [(0x400, 0x52F)],
+    "Greek": [(0x370, 0x3FF), (0x1F00, 0x1FFF)],
+    "Arabic": [(0x600, 0x6FF)],
+    "Hebrew": [(0x590, 0x5F4)],
+    "Devanagari": [(0x900, 0x97F)],
+    "Thai": [(0xE01, 0xE5B)],
+    "Han": [(0x4E00, 0x9FFF), (0x20000, 0x2A6DF)],
+    "kana": [(0x3041, 0x30FF), (0xFF66, 0xFF9D)],
+    "Hangul": [(0xAC00, 0xD7A3), (0x1100, 0x11FF)],
+    "emoji with joiners": [(0x1F300, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F), (0x1F3FB, 0x1F3FF)],
+    "combining marks": [(0x61, 0x7A), (0x300, 0x36F), (0x1AB0, 0x1ACE), (0x20D0, 0x20F0)],
+    "control characters": [(0x00, 0x1F), (0x7F, 0x9F), (0xAD, 0xAD), (0x200B, 0x200F), (0x202A, 0x202E)],
+    "white space": [(0x09, 0x0D), (0x20, 0x20), (0x85, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x3000)],
+    "private use, compatibility forms": [(0xE000, 0xFFFF)],
+    "all other planes": [(0x10000, 0x10FFFF)],
+}
 SPECIAL_CASES = [
     " " * 37,
     "\t\t",
     "\n\n\n",
     "\r\n",
     "👨‍👩‍👧‍👦",
+    "👍🏽",
     "e\u0301",
     "<0x0A>",
     "<|endoftext|>",
     "<unk>",
+    "</s>",
     "\x00",
-    "\u2585",
+    "\ufeff",
+    "\u2580\u2582",  # on either side of SentencePiece's own character
 ]
+
+
+def random_word(generator: random.Random, script: str) -> str:
+    ranges = SCRIPTS[script]
+    characters = (chr(generator.randint(*generator.choice(ranges))) for _ in range(generator.randint(1, 8)))
+    return "".join(characters).replace("\u2581", "\u2582")  # see test_the_character_of_sentencepiece
+
+
+def random_texts(number: int, *, words: tuple[str, ...] = ()) -> list[str]:
+    """The same each time; every script is in many of them.
+
+    Args:
+        words: what a tokenizer was trained on: random characters alone would seldom be pieces of it.
+    """
+    generator = random.Random(1)
+    texts = []
+    for _ in range(number):
+        parts = []
+        for _ in range(generator.randint(0, 16)):
+            kind = generator.random()
+            if kind < 0.3:
+                parts.append(generator.choice(SPECIAL_CASES) * generator.randint(1, 2))
+            elif kind < 0.6 and words:
+                parts.append(generator.choice(words)[generator.randint(0, 2) :])
+            else:
+                parts.append(random_word(generator, generator.choice(list(SCRIPTS))))
+        texts.append("".join(parts))
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +97,55 @@ def small_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(CORPUS, vocab_size=310, output_dir=tmp_path_factory.mktemp("tokenizer") / "small")
 
 
+@pytest.fixture(scope="module")
+def words_of_all_scripts() -> tuple[str, ...]:
+    generator = random.Random(2)
+    return tuple(random_word(generator, script) for script in SCRIPTS for _ in range(12))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_all_scripts(tmp_path_factory: pytest.TempPathFactory, words_of_all_scripts: tuple[str, ...]) -> Path:
+    generator = random.Random(3)
+    lines = [" ".join(generator.choices(words_of_all_scripts, k=40)) for _ in range(300)]
+    folder = tmp_path_factory.mktemp("tokenizer") / "scripts"
+    return train_sentencepiece([Document("words", "\n".join(lines))], vocab_size=1800, output_dir=folder)
+
+
 @pytest.fixture(scope="session")
 def reference(tokenizer_dir: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_dir / "tokenizer.model"))
 
 
-def random_texts(number: int) -> list[str]:
-    generator = random.Random(1)
-    texts = []
-    for _ in range(number):
-        parts = []
-        for _ in range(generator.randint(0, 20)):
-            if generator.random() < 0.4:
-                parts.append(generator.choice(SPECIAL_CASES) * generator.randint(1, 2))
-            else:
-                low, high = generator.choice(SCRIPTS)
-                parts.append("".join(chr(generator.randint(low, high)) for _ in range(generator.randint(1, 6))))
-        texts.append("".join(parts))
-    return texts
+def check_ids_are_those_of_sentencepiece(folder: Path, texts: list[str]) -> None:
+    """As AutoTokenizer loads the folder and calls it, and as prepare_data does; and the texts come back."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in texts:
+        ids = reference.encode(text)
+        assert encode(tokenizer, text) == ids, repr(text)
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == ids, repr(text)
+        assert tokenizer.decode(ids) == reference.decode(ids) == text
 
 
-def test_ids_are_those_of_sentencepiece_on_random_text_which_comes_back_unchanged(tokenizer, reference) -> None:
-    for text in random_texts(400):
-        ids = encode(tokenizer, text)
-        assert ids == reference.encode(text), repr(text)
-        assert tokenizer.decode(ids) == text
-        assert reference.decode(ids) == text
+def test_ids_are_those_of_sentencepiece_on_1000_random_texts_which_come_back_unchanged(tokenizer_dir: Path) -> None:
+    check_ids_are_those_of_sentencepiece(tokenizer_dir, random_texts(1000))
+
+
+def test_a_tokenizer_trained_on_all_scripts_has_the_ids_of_sentencepiece_on_1000_random_texts(
+    tokenizer_of_all_scripts: Path, words_of_all_scripts: tuple[str, ...]
+) -> None:
+    texts = random_texts(1000, words=words_of_all_scripts)
+    check_ids_are_those_of_sentencepiece(tokenizer_of_all_scripts, texts)
+    tokenizer = load_tokenizer(tokenizer_of_all_scripts)
+    assert len({i for text in texts for i in encode(tokenizer, text)}) > 1000, (
+        "the texts must meet learned pieces of many scripts, and bytes"
+    )
+
+
+def test_the_character_of_sentencepiece_has_its_ids_and_comes_back_as_a_space(tokenizer, reference) -> None:
+    for text in ("\u2581", "a\u2581 b", "\u2581\u2581x"):
+        assert encode(tokenizer, text) == reference.encode(text)
+        assert tokenizer.decode(encode(tokenizer, text)) == text.replace("\u2581", " ")
 
 
 def test_ids_are_those_of_sentencepiece_on_source_code_which_comes_back_unchanged(tokenizer, reference) -> None:
