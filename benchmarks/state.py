@@ -46,7 +46,8 @@ from comet_megatron.checkpoint.run_folder import checkpoint_folder
 from comet_megatron.checkpoint.saving import Contents, Saving
 from comet_megatron.config.load import load_config
 from comet_megatron.config.schema import Architecture, MemorySizes
-from comet_megatron.data.shards import Sample, write_shards
+from comet_megatron.data.shard_writer import write_shards
+from comet_megatron.data.shards import Sample
 from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.alone import alone
 from comet_megatron.parallel.executor import BackwardSettings

@@ -19,7 +19,6 @@ interrupted call continues where it was when it is given again; a finished one i
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -34,9 +33,9 @@ from comet_megatron.data.journal import partial_folder
 from comet_megatron.data.prepare import NO_LIMIT, ON_BAD_SAMPLE, PrepareReport, PrepareSettings, prepare_data
 from comet_megatron.data.tokenise import LONG_CHOICES
 from comet_megatron.data.tokenizer import load_text_tokenizer
+from comet_megatron.data.workers import auto_workers
 from comet_megatron.errors import ConfigError, report_user_errors
 
-WORTH_WORKERS_BYTES = 16 << 20  # below, starting processes takes longer than it saves
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -89,7 +88,7 @@ def number_of_workers(given: str, source: DocumentSource) -> int:
         ConfigError: it is not "auto" and not a number above 0.
     """
     if given == "auto":
-        return len(os.sched_getaffinity(0)) if source.num_bytes >= WORTH_WORKERS_BYTES else 1
+        return auto_workers(source.num_bytes)
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(f"--workers={given} is not a number of processes", way_out="use 1 or more, or auto")
     return int(given)
