@@ -5,17 +5,17 @@ python benchmarks/state.py --quick     fewer repetitions
 python benchmarks/state.py --report    only print
 
 One process on CPU, fp32, ZeRO-1 as in training; 82 M weights, so 1.3 GB with the optimizer's state. The bare copy is a
-clone of as many bytes in as many tensors, and nothing else. Training waits for the start of a save, in which the state
-is copied, and for its end, in which small files are written; between them a thread writes the files, brings them to the
-disk and sums them up. The restart is the command itself in a new process, its parts timed where they are called; the
-checkpoint is in the page cache.
+clone of as many bytes in as many tensors, into fresh memory, and nothing else. Training waits for the start of a save,
+in which the state is copied, and for its end, in which small files are written; between them a thread writes the files,
+brings them to the disk and sums them up. The restart is the command itself in a new process, its parts timed where they
+are called; the checkpoint is in the page cache.
 
 The wait and the load are in CPU seconds, which other programs disturb less than wall time. Planning a save takes
 Megatron and Python some time whatever the size: it is measured on a thin model of as many tensors, printed, and taken
 off the wait. The rest makes 1.75 copies on one rank: the optimizer's three quarters are gathered, as from several
-ranks, and all is cloned. The reach is 3, as both times scatter by a factor of two under load. What is hidden of a save
-depends on the disk: with one that takes a second for 1.3 GB it is less than half. Everything alternates; ratios are
-medians of those of neighbouring runs.
+ranks, and all is cloned. The reach is 3, as both times scatter under load. What is hidden of a save depends on the
+disk: with one that takes a second for 1.3 GB it is less than half. Everything alternates; ratios are medians of those
+of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch
 import yaml
 from figures import Report, ratio, spread
 
-from comet_megatron.backend.device import set_cpu_threads
+from comet_megatron.backend.device import keep_large_tensors_apart, set_cpu_threads
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
@@ -53,6 +53,7 @@ from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.alone import alone
 from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.parallel.layout import Layout
+from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer
 from comet_megatron.train.step import train_step
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     report, repetitions = Report(), 2 if given.quick else 5
     with alone() as layout, tempfile.TemporaryDirectory(prefix="comet_") as name:
+        keep_large_tensors_apart(kept_piece_bytes(ARCHITECTURE, MEMORY))  # as training does
         threads = set_cpu_threads("auto", processes_on_this_machine=1)
         run = build_run(Path(name), layout)
         weights = sum(param.numel() for param in run.model.stages[0].parameters())
