@@ -5,15 +5,17 @@ python benchmarks/state.py --quick     fewer repetitions
 python benchmarks/state.py --report    only print
 
 One process on CPU, fp32, ZeRO-1 as in training; 82 M weights, so 1.3 GB with the optimizer's state. The bare copy is a
-clone of as many bytes in as many tensors, and nothing else. Training waits for the start of a save, in which the state
-is copied, and for its end, in which small files are written; between them a thread writes the files, brings them to the
-disk and sums them up. The restart is the command itself in a new process, its parts timed where they are called; the
-checkpoint is in the page cache.
+clone of as many bytes in as many tensors, into fresh memory, and nothing else. Training waits for the start of a save,
+in which the state is copied, and for its end, in which small files are written; between them a thread writes the files,
+brings them to the disk and sums them up. The restart is the command itself in a new process, its parts timed where they
+are called; the checkpoint is in the page cache.
 
-The wait and the load are in CPU seconds, which other programs disturb less than wall time. A save on one rank makes
-1.75 copies: the optimizer's three quarters are gathered, as from several ranks, and all is cloned. Planning it takes
-Megatron and Python some 0.7 CPU seconds more, whatever the size, which at this size is one or two copies. So the reach
-is 5, where 1.75 is to be had. Everything alternates; ratios are medians of those of neighbouring runs.
+The wait and the load are in CPU seconds, which other programs disturb less than wall time. Planning a save takes
+Megatron and Python some time whatever the size: it is measured on a thin model of as many tensors, printed, and taken
+off the wait. The rest makes 1.75 copies on one rank: the optimizer's three quarters are gathered, as from several
+ranks, and all is cloned. The reach is 3, as both times scatter under load. What is hidden of a save depends on the
+disk: with one that takes a second for 1.3 GB it is less than half. Everything alternates; ratios are medians of those
+of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ import torch
 import yaml
 from figures import Report, ratio, spread
 
-from comet_megatron.backend.device import set_cpu_threads
+from comet_megatron.backend.device import keep_large_tensors_apart, set_cpu_threads
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
@@ -52,11 +54,12 @@ from comet_megatron.model.build import build_stage
 from comet_megatron.parallel.alone import alone
 from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.parallel.layout import Layout
+from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer
 from comet_megatron.train.step import train_step
 
-REACH_COPIES, REACH_HIDDEN, REACH_SLOWER, REACH_LOAD = 5.0, 0.6, 2.0, 0.3
+REACH_COPIES, REACH_HIDDEN, REACH_SLOWER, REACH_LOAD = 3.0, 0.3, 2.0, 0.3
 TOKENS, TEXT_IDS = 128, 16000
 TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "python_stdlib_4k"
 ARCHITECTURE = Architecture(
@@ -111,14 +114,15 @@ class Run:
         shutil.rmtree(self.folder / "saved")
 
 
-def build_run(folder: Path, layout: Layout) -> Run:
+def build_run(folder: Path, layout: Layout, architecture: Architecture = ARCHITECTURE) -> Run:
     """With random weights, data for a few steps, and a config; trained for one step, so that all state is there."""
-    stage = build_stage(ARCHITECTURE, MEMORY, layout.groups)
+    stage = build_stage(architecture, MEMORY, layout.groups)
     torch.manual_seed(0)
     with torch.no_grad():
         for param in stage.parameters():
             param.normal_(std=0.02) if param.dim() > 1 else param.fill_(1.0)
     samples = (Sample(np.random.default_rng(n).integers(0, TEXT_IDS, TOKENS).astype(np.int32)) for n in range(8))
+    folder.mkdir(exist_ok=True)
     options = {"tokenizer_fingerprint": "none", "vocab_size": TEXT_IDS, "shard_bytes": 1 << 20, "settings": {}}
     manifest = write_shards(samples, output_dir=folder / "data", **options)
     values = {
@@ -129,7 +133,7 @@ def build_run(folder: Path, layout: Layout) -> Run:
     }
     (folder / "c.yaml").write_text(yaml.safe_dump(values))
     config = load_config(folder / "c.yaml").config
-    description = ModelDescription(ARCHITECTURE, MEMORY, {"model_type": "qwen3", "eos_token_id": 0}, "none")
+    description = ModelDescription(architecture, MEMORY, {"model_type": "qwen3", "eos_token_id": 0}, "none")
     progress = Progress(1, manifest.fingerprint, config.data.seed, 1, config.train.trainable, config.parallel.zero1)
     model = build_trainable(stage, layout, zero1=True)
     optimizer = build_optimizer(model, config.optimizer, precision="fp32", zero1=True)
@@ -147,10 +151,23 @@ def copy_state(run: Run) -> tuple[float, float]:
     return seconds
 
 
-def measure_saves(report: Report, run: Run, *, repetitions: int) -> None:
+def plan_save(thin: Run) -> float:
+    """CPU seconds of a wait in which next to nothing is copied."""
+    started = time.process_time()
+    saving = thin.start_save()
+    seconds = time.process_time() - started
+    saving.finish()
+    thin.forget_save()
+    return seconds
+
+
+def measure_saves(report: Report, run: Run, thin: Run, *, repetitions: int) -> None:
     """Asynchronous and synchronous saves, the bare copy, and steps with and without a save beside them."""
-    copies, copies_cpu, starts, waited, waited_cpu, hidden, synchronous, undisturbed, beside = ([] for _ in range(9))
+    copies, copies_cpu, starts, waited, waited_cpu, hidden, synchronous, undisturbed, beside, plans = (
+        [] for _ in range(10)
+    )
     for _ in range(repetitions):
+        plans.append(plan_save(thin))
         copy, cpu = copy_state(run)
         copies.append(copy)
         copies_cpu.append(cpu)
@@ -182,11 +199,14 @@ def measure_saves(report: Report, run: Run, *, repetitions: int) -> None:
         f"bare copy {middle['copies']:.2f} s (noise {spread(copies):.0%})"
     )
     print(f"a step takes {middle['undisturbed']:.2f} s, while a save is written {middle['beside']:.2f} s")
-    print(f"CPU seconds: {middle['waited_cpu']:.2f} of the wait, {middle['copies_cpu']:.2f} of the bare copy")
-    value = ratio(waited_cpu, copies_cpu)
+    print(
+        f"CPU seconds: {middle['waited_cpu']:.2f} of the wait, {middle['plans']:.2f} of planning, "
+        f"{middle['copies_cpu']:.2f} of the bare copy"
+    )
+    value = ratio([waited - plan for waited, plan in zip(waited_cpu, plans, strict=True)], copies_cpu)
     met = value <= REACH_COPIES
     report.figure(
-        "wait for an asynchronous save / a bare copy, CPU seconds", f"{value:.2f}", f"<= {REACH_COPIES:.0f}", met
+        "wait for a save without its planning / a bare copy, CPU seconds", f"{value:.2f}", f"<= {REACH_COPIES:.0f}", met
     )
     value = 1 - ratio(waited, synchronous)
     met = value >= REACH_HIDDEN
@@ -268,11 +288,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     report, repetitions = Report(), 2 if given.quick else 5
     with alone() as layout, tempfile.TemporaryDirectory(prefix="comet_") as name:
+        keep_large_tensors_apart(kept_piece_bytes(ARCHITECTURE, MEMORY))  # as training does
         threads = set_cpu_threads("auto", processes_on_this_machine=1)
         run = build_run(Path(name), layout)
         weights = sum(param.numel() for param in run.model.stages[0].parameters())
         print(f"{weights / 1e6:.0f} M weights, {threads} threads; load of the machine {os.getloadavg()[0]:.0f}")
-        measure_saves(report, run, repetitions=repetitions)
+        thin = build_run(
+            Path(name) / "thin", layout, replace(ARCHITECTURE, hidden_size=48, ffn_hidden_size=96, head_dim=4)
+        )
+        measure_saves(report, run, thin, repetitions=repetitions)
         measure_restart(report, run, repetitions=repetitions)
     return report.close(only_print=given.report)
 
