@@ -128,7 +128,8 @@ class ChatEncoder:
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[[dict(message) for message in chat.messages]],
+                # Keys without a value are left out as apply_chat_template does, so that the text is the same.
+                conversations=[[{k: v for k, v in message.items() if v is not None} for message in chat.messages]],
                 tools=list(chat.tools) if chat.tools else None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
