@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from comet_megatron.data.rows import Chat, check_is_unicode
+from comet_megatron.data.token_bytes import TokenBytes
 from comet_megatron.data.tokenizer import encode, plain_backend
 from comet_megatron.errors import ConfigError, DataError
 
@@ -76,13 +78,26 @@ class ChatEncoder:
             text, rest = self._render([chat.messages, replaced], chat.tools, where=where)
             check_is_unicode(text, what="the rendered chat", where=where)
             spans = self._found_spans(text, rest, marks, where=where)
-        backend = plain_backend(self.tokenizer, split_special_tokens=self.tokenizer.split_special_tokens)
-        encoding = backend.encode_batch([text], add_special_tokens=False)[0]  # `encode` takes longer
-        ids = np.asarray(encoding.ids, dtype=np.int32)
-        mask = tokens_in_spans(encoding, spans, num_tokens=len(ids))
+        ids, mask = self._tokens_of(text, spans)
         if not mask.any():
             raise DataError("no token of the chat carries loss: its replies are empty", where=where)
         return ids, mask
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
+    def _tokens_of(self, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, int32 [tokens], and which of them hold characters of the spans, bool [tokens]."""
+        backend = plain_backend(self.tokenizer, split_special_tokens=self.tokenizer.split_special_tokens)
+        if self._token_bytes.is_known:
+            ids = np.asarray(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+            ends = self._token_bytes.ends(ids, text.encode("utf-8"))
+            if ends is not None:
+                return ids, tokens_over_bytes(ends, spans, text)
+        encoding = backend.encode_batch([text], add_special_tokens=False)[0]  # `encode` takes longer
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        return ids, tokens_in_spans(encoding, spans, num_tokens=len(ids))
 
     def _encode_plainly(self, chat: Chat, *, where: str) -> tuple[np.ndarray, np.ndarray]:
         if not chat.is_pair:
@@ -128,7 +143,8 @@ class ChatEncoder:
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[[dict(message) for message in chat.messages]],
+                # Keys without a value are left out as apply_chat_template does, so that the text is the same.
+                conversations=[[{k: v for k, v in message.items() if v is not None} for message in chat.messages]],
                 tools=list(chat.tools) if chat.tools else None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
@@ -213,6 +229,25 @@ def spans_between(text: str, between: Sequence[str], *, where: str) -> list[Span
         )
     starts = [len(first), *(p + len(part) for p, part in zip(forward, middle, strict=True))]
     return list(zip(starts, [*forward, tail], strict=True))
+
+
+def tokens_over_bytes(ends: np.ndarray, spans: Sequence[Span], text: str) -> np.ndarray:
+    """As tokens_in_spans, bool [tokens].
+
+    Args:
+        ends: of the tokens in the text, in bytes, int64 [tokens].
+    """
+    mask = np.zeros(len(ends), dtype=np.bool_)
+    byte_of, characters, num_bytes = {}, 0, 0
+    for border in sorted({border for span in spans for border in span}):
+        num_bytes += len(text[characters:border].encode("utf-8"))
+        byte_of[border] = num_bytes
+        characters = border
+    for start, end in spans:
+        if start < end:
+            first, last = np.searchsorted(ends, [byte_of[start], byte_of[end] - 1], side="right")
+            mask[first : last + 1] = True
+    return mask
 
 
 def tokens_in_spans(encoding: Any, spans: Sequence[Span], *, num_tokens: int) -> np.ndarray:

@@ -244,6 +244,8 @@ def test_marks_of_a_template_say_what_carries_loss() -> None:
     ids, labels = encoded(marked, turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Hi"))
     assert ids == [1, 4, 3, 6, 2, 3] + [1, 5, 3, 7, 2, 3] + [1, 4, 3, 6, 2, 3]
     assert labels == [0] * 6 + [0, 0, 0, 7, 2, 0] + [0] * 6
+    with_null = {**turn("assistant", "Hello"), "tool_calls": None}  # as if the key were not there
+    assert encoded(marked, turn("user", "Hi"), with_null, turn("user", "Hi")) == (ids, labels)
 
 
 def test_a_template_without_a_generation_prompt() -> None:

@@ -196,6 +196,19 @@ def test_no_token_is_added_where_a_tokenizer_would_add_some(tokenizer_dir: Path,
     assert list(ids_of_document(eager, "a"))[0] != 2
 
 
+def test_a_text_is_whole_with_a_tokenizer_that_says_to_truncate_and_pad(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path / "t")
+    content = json.loads((tmp_path / "t" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 2, "pad_type_id": 0, "pad_token": "<|pad|>"}
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    text = "def f(x):\n    return '<|pad|>'\n"
+    plain, eager = load_tokenizer(tokenizer_dir), load_tokenizer(tmp_path / "t")
+    ids = encode(eager, text)
+    assert ids == plain(text, split_special_tokens=True)["input_ids"] and plain.decode(ids) == text
+
+
 def test_a_tokenizer_without_end_of_text_cannot_end_documents(tokenizer_dir: Path) -> None:
     crippled = load_tokenizer(tokenizer_dir)
     crippled.eos_token = None
