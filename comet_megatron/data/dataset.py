@@ -105,7 +105,12 @@ class ShardDataset:
         number = _checked(sample, self)
         index = self._index
         payload = self._payload(number, index.ids_offset, index.ids_size, index.ids_crc32, what="sample")
-        return ids_from_npy(payload, where=self._where(number))
+        ids = ids_from_npy(payload, where=self._where(number))
+        if len(ids) and not 0 <= ids.min() <= ids.max() < (known := self.manifest.vocab_size):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            what = f"token id {bad} is outside the vocabulary of {known}"
+            raise DataError(what, where=self._where(number), way_out=PREPARE_AGAIN)
+        return ids
 
     def loss_mask(self, sample: int) -> np.ndarray | None:
         number = _checked(sample, self)

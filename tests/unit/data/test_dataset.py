@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -165,3 +166,11 @@ def test_a_shard_removed_after_opening_is_found(shard_dir: Path) -> None:
     (shard_dir / "shard-000000.tar").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         dataset[0]
+
+
+def test_ids_beyond_the_vocabulary_of_the_manifest_are_refused(shard_dir: Path, samples) -> None:
+    dataset = ShardDataset(shard_dir)
+    dataset.manifest = dataclasses.replace(dataset.manifest, vocab_size=int(samples[3].ids.max()))
+    with pytest.raises(DataError, match=f"token id {samples[3].ids.max()} is outside the vocabulary") as caught:
+        dataset[3]
+    assert "sample 3" in caught.value.where
