@@ -233,7 +233,7 @@ def _worst_cuts(
     which keep the most of a sequence."""
     if not cutting.draws(memory):
         return []
-    found = []
+    found: list[tuple[Plans, Timeline]] = []
     for length in {memory.chunk_size, cutting.shortest(memory)}:
         plans = [plan_chunks(n - 1, memory, lengths=(length,) * -(-n // length)) for n in tokens]
         work = _workload(config, plans, num_stages)

@@ -99,13 +99,14 @@ def measure_peak(process, config):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_takes_what_is_planned(case):
     config, dp = CASES[case], 2 if "DP 2" in case else 1
     report = plan_pipeline(config, MODEL, MEMORY, [TOKENS], longest=TOKENS, dp=dp)
     pool = ProcessPool(config.parallel.pp * dp)
     try:
-        peaks = pool.run(measure_peak, config, timeout_s=280)
+        peaks = pool.run(measure_peak, config, timeout_s=800)
     finally:
         pool.close()
     for rank, peak in enumerate(peaks):

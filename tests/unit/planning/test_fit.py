@@ -1,13 +1,19 @@
 """A device that is too small: told item by item, with what would fit."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.config.schema import Config, ModelSection, ParallelSection, TrainSection
+from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.planning.fit import check_fits_device, neediest, plan_run, what_fits
 from comet_megatron.planning.report import plan_pipeline
 from comet_megatron.planning.shapes import named_shape
+from comet_megatron.testing.tiny import layout_alone, tiny_architecture, tiny_memory
+from comet_megatron.train.room import check_room
 
 MODEL, MEMORY = named_shape("qwen3-0.6b")
 CONFIG = Config(
@@ -59,3 +65,16 @@ def test_two_sequences_a_pipeline_keep_as_much_as_more_do(recompute):
     two = neediest(plan_run(config, MODEL, MEMORY, longest=LONGEST, dp=1, on_cuda=True))[1]
     four = plan_pipeline(config, MODEL, MEMORY, [LONGEST] * 4, longest=LONGEST, on_cuda=True).stages
     assert neediest(four)[1].total == two.total
+
+
+def test_on_a_cpu_a_plan_beyond_the_free_memory_is_a_warning(monkeypatch):
+    architecture, memory = tiny_architecture(), tiny_memory()
+    description, process = ModelDescription(architecture, memory, {}), ProcessRank(0, 1, 0, 1)
+
+    def room(available):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        return check_room(CONFIG, description, layout_alone(), process, longest=200)
+
+    assert room(10**12) == []
+    (line,) = room(10**5)
+    assert line.startswith("warning  a rank needs") and "has 100.00 kB free" in line
