@@ -275,7 +275,7 @@ class _Candidate:
             needs=self.needs,
             layers=self.split,
             seconds=seconds,
-            bubble=1 - self.per_pipeline * sum(work) / len(work) / makespan,
+            bubble=max(0.0, 1 - self.per_pipeline * sum(work) / len(work) / makespan),
             reduction_seconds=self.reduction,
             update_seconds=self.update,
             tokens_per_second=question.sequences * question.tokens / seconds / question.num_gpus,

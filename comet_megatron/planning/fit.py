@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from comet_megatron.config.schema import Architecture, Config, MemorySizes
-from comet_megatron.errors import ConfigError, DeviceError
+from comet_megatron.errors import ConfigError
 from comet_megatron.planning.advise import Question, advise
 from comet_megatron.planning.cutting import Cutting
 from comet_megatron.planning.devices import GPUS, Gpu, find_gpu
@@ -47,7 +47,7 @@ def neediest(stages: Sequence[StageReport]) -> tuple[int, RankBytes]:
 
 def check_fits_device(
     stages: Sequence[StageReport], available_bytes: int, *, device: str, way_out: str = ""
-) -> DeviceError | None:
+) -> ConfigError | None:
     """The problem of a device that is too small; None where the plan fits.
 
     Args:
@@ -63,7 +63,7 @@ def check_fits_device(
     told = ", ".join(f"{name} {size(count)}" for name, count in items if count)
     where = f"stage {number}" if len(stages) > 1 else "a rank"
     what = f"{where} needs {size(needs.total)} and {device} has {size(available_bytes)} free: {told}"
-    return DeviceError(what, way_out=way_out)
+    return ConfigError(what, way_out=way_out)
 
 
 def what_fits(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.config.schema import Config
+from comet_megatron.errors import ConfigError
 from comet_megatron.parallel.layout import Layout
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.planning.fit import check_fits_device, plan_run, what_fits
@@ -23,7 +24,7 @@ def check_room(
         longest: text tokens of the longest sequence.
 
     Raises:
-        DeviceError: the plan is more than a GPU has free; the same on every rank.
+        ConfigError: the plan is more than a GPU has free; the same on every rank.
     """
     on_cuda = layout.device.kind == "cuda"
     architecture, memory = description.architecture, description.memory
@@ -47,4 +48,4 @@ def check_room(
         available_bytes=available,
         gpu=name,
     )
-    raise type(problem)(problem.what, way_out=f"{way_out} of {size(available)} (tools/plan.py --advise)")
+    raise ConfigError(problem.what, way_out=f"{way_out} of {size(available)} (tools/plan.py --advise)")
