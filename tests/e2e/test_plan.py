@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from comet_megatron.data.sampler import plan_batch
+from comet_megatron.testing.hf_models import save_family
 from comet_megatron.testing.runs import write_data, write_start
 from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
 
@@ -142,6 +143,14 @@ def test_layouts_of_a_checkpoint_are_advised_with_the_settings_of_a_config(place
     assert "4 layers, hidden 64" in out and "4 sequences of 161 tokens, fp32" in out
     named = run_tool("--advise", "--model", str(place / "start"), "--tokens", "161", "--sequences", "4", "--gpus", "2")
     assert named[0] == 0 and "bf16" in named[1]
+
+
+def test_layouts_of_a_hugging_face_folder_are_advised_with_the_memory_that_the_settings_give(tmp_path):
+    save_family(tmp_path / "hf", "qwen3")
+    memory = ["memory.chunk_size=16", "memory.global_slots=6", "memory.stride=4", "memory.budget=12"]
+    code, out, err = run_tool("--advise", "--model", str(tmp_path / "hf"), "--tokens", "161", "--gpus", "2", *memory)
+    assert (code, err) == (0, "")
+    assert "8 sequences of 161 tokens, bf16" in out and "chunks of 16, 6 global slots, stride 4" in out
 
 
 @pytest.mark.parametrize(
