@@ -1,10 +1,9 @@
-"""What benchmarks share: figures beside their reach, ratios of alternating runs, the peak of a process's memory."""
+"""What benchmarks share: figures beside their reach, ratios of alternating runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 
 class Report:
@@ -34,23 +33,3 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 def spread(values: Sequence[float]) -> float:
     """How noisy: (largest - smallest) / median."""
     return (max(values) - min(values)) / statistics.median(values)
-
-
-def resident_bytes() -> int:
-    """Of this process, now (Linux)."""
-    return _status_bytes("VmRSS")
-
-
-def forget_peak() -> None:
-    """Let the high-water mark of this process's resident memory start anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident_bytes() -> int:
-    """High-water mark since `forget_peak` (Linux)."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024

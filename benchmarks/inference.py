@@ -41,7 +41,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from figures import Report, forget_peak, peak_resident_bytes, ratio, resident_bytes, spread
+from figures import Report, ratio, spread
 from torch import Tensor
 
 from comet_megatron.backend.device import keep_large_tensors_apart
@@ -49,6 +49,7 @@ from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.hf.configuration_comet import CometConfig
 from comet_megatron.hf.modeling_comet import CometForCausalLM, LayerMemory, Row, build_rotary, plan_rows
 from comet_megatron.inference.session import CometSession
+from comet_megatron.testing.resident import forget_peak, peak_resident_bytes, resident_bytes
 
 THREADS = {"long": 1, "prefill": 2, "decoding": 2}
 TOKENS, QUICK_TOKENS, WINDOW, PIECE = 1_048_576, 262_144, 65_536, 8192

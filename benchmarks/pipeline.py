@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from figures import Report, forget_peak, peak_resident_bytes, ratio, resident_bytes, spread
+from figures import Report, ratio, spread
 from step_time import ARCHITECTURE, MEMORY, small_random_weights
 from torch import Tensor
 
@@ -52,6 +52,7 @@ from comet_megatron.planning.balance import chunk_costs, resolve_layers_per_stag
 from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.planning.report import plan_pipeline
 from comet_megatron.testing.distributed import ProcessPool
+from comet_megatron.testing.resident import forget_peak, peak_resident_bytes, resident_bytes
 from comet_megatron.testing.tiny import layout_of
 
 STAGES, CHUNKS, LAYERS = 2, 16, 8

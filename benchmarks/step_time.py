@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import Report, forget_peak, peak_resident_bytes, ratio, resident_bytes, spread
+from figures import Report, ratio, spread
 from reference_paths import loss_with_full_attention, loss_with_slots_in_full
 from safetensors.torch import load_file
 
@@ -40,6 +40,7 @@ from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.alone import alone
 from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.planning.memory import kept_piece_bytes
+from comet_megatron.testing.resident import forget_peak, peak_resident_bytes, resident_bytes
 from comet_megatron.train.sequence import train_sequence
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "caseA"

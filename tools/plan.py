@@ -1,54 +1,84 @@
-"""Plan a pipeline before it runs: who holds which layers, how long stages wait, bytes of each rank and each link.
+"""Plan training before it runs: who holds which layers, how long stages wait, bytes of each rank; or the best layouts.
 
 python tools/plan.py --config FILE                            the first step's sequences, from data.train
 python tools/plan.py --config FILE --tokens 131072 131072     sequences of these lengths in a step of one pipeline
 python tools/plan.py --config FILE --tokens 131072 --timeline diagonal.png parallel.pp=8 train.recompute=full
+python tools/plan.py --advise --model qwen3-8b --tokens 131072 --sequences 8 --gpus 8 --gpu h100
+python tools/plan.py --recipes                                the tables of docs/scaling.md
 
-No weights are read: only model.json of model.path, or of model.init_from its config, tokenizer and the weights' names.
-Nothing is started. Times are FLOPs, simulated with the op lists that training runs: what a machine makes of them is
-measured, not planned.
+No weights are read: only model.json of model.path, or of model.init_from its config, tokenizer and the weights' names;
+or the published sizes of a model (--model). Nothing is started. Without --advise times are FLOPs, simulated with the
+op lists that training runs; with it seconds, from a roofline of published GPU figures (docs/planning.md): what a
+machine makes of them is measured, not planned.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from comet_megatron.checkpoint.model_folder import ModelDescription
 from comet_megatron.checkpoint.start import open_start
 from comet_megatron.config.load import LoadedConfig, load_config
 from comet_megatron.config.rules import check_config, check_layout, check_start, require
-from comet_megatron.config.schema import REQUIRED, Config
+from comet_megatron.config.schema import REQUIRED, Architecture, Config, MemorySizes
+from comet_megatron.data.cuts import Cuts
 from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.sampler import plan_batch
 from comet_megatron.errors import CometError, ConfigError, DataError, OutputError, report_user_errors
 from comet_megatron.new_folder import make_folder
 from comet_megatron.parallel.timeline import draw_timeline, write_chrome_trace
+from comet_megatron.planning.advice import describe_advice
+from comet_megatron.planning.advise import Question, advise
 from comet_megatron.planning.balance import describe_split
+from comet_megatron.planning.cutting import Cutting
+from comet_megatron.planning.devices import GPUS, find_gpu
+from comet_megatron.planning.recipes import recipe_tables
 from comet_megatron.planning.report import PipelineReport, check_sequences, plan_pipeline
+from comet_megatron.planning.shapes import BACKBONES, named_shape
+from comet_megatron.planning.time import Efficiency
+from comet_megatron.planning.told import aligned, counted, listed, scaled, size, unit_of
 
 NOT_GIVEN = "(not given)"
 # A plan does without these: what stands in for them where the file gives no value.
 STAND_INS = {"train.output": NOT_GIVEN, "train.steps": "1000000", "data.train": NOT_GIVEN, "data.eval": NOT_GIVEN}
 UNIT_OF_TIME = "one layer's forward of a full chunk"
-UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 GIVE_TOKENS = "state the lengths of a step's sequences: --tokens 131072 131072"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file (examples/configs/)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (examples/configs/)")
     parser.add_argument(
         "--tokens", nargs="+", default=[], metavar="N", help="length of each sequence of a step of one pipeline"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="of the run (parallel.tp * parallel.pp)")
     parser.add_argument(
         "--timeline", type=Path, metavar="FILE", help="draw the simulated step: .png, or .json for ui.perfetto.dev"
+    )
+    parser.add_argument("--recipes", action="store_true", help="print the tables of docs/scaling.md")
+    advice = parser.add_argument_group("the best layouts of a number of GPUs")
+    advice.add_argument("--advise", action="store_true", help="look at every layout")
+    advice.add_argument(
+        "--model", metavar="NAME", help=f"a checkpoint, a Hugging Face folder, or one of {', '.join(BACKBONES)}"
+    )
+    advice.add_argument("--sequences", type=int, metavar="N", help="of a step (train.global_batch_size)")
+    advice.add_argument("--gpus", type=int, default=8, metavar="N", help="8 if not given")
+    advice.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)}; h100 if not given")
+    advice.add_argument("--memory-gib", type=float, metavar="G", help="of one GPU; that of its kind if not given")
+    advice.add_argument("--best", type=int, default=3, metavar="N", help="layouts that are told; 3 if not given")
+    advice.add_argument(
+        "--efficiency",
+        default="",
+        metavar="gemm=S,...",
+        help="shares of published peaks, not those assumed",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     given = parser.parse_intermixed_args(arguments)
@@ -62,7 +92,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code."""
     given = parse_arguments(arguments)
+    if given.recipes:
+        print("\n".join(recipe_tables()))
+        return 0
     stated = read_lengths(given.tokens)
+    if given.advise:
+        print("\n".join(advise_on(given, stated)))
+        return 0
+    if given.config is None:
+        raise ConfigError("--config FILE is missing", way_out="give one, or --advise with --model")
     if given.timeline and given.timeline.suffix not in (".png", ".json"):
         raise ConfigError(f"--timeline {given.timeline} is neither a .png nor a .json file")
     loaded = load_config(given.config, [*stand_ins(given.config), *given.overrides])
@@ -72,8 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--processes {processes} must be 1 or more")
     description = check(loaded, processes=processes)
     dp = processes // (config.parallel.tp * config.parallel.pp)
+    cutting, memory = Cutting.of(config.data), description.memory
     lengths, longest = (stated, max(stated)) if stated else first_batch(config, dp=dp)
-    report = plan_pipeline(config, description.architecture, description.memory, lengths, longest=longest, dp=dp)
+    report = plan_pipeline(
+        config,
+        description.architecture,
+        memory,
+        lengths,
+        longest=longest,
+        dp=dp,
+        cuts=draw_cuts(cutting, memory, lengths, seed=config.data.seed) if cutting.draws(memory) else None,
+        cutting=cutting,
+    )
     print("\n".join(describe(report, config, description, processes=processes, dp=dp)))
     if given.timeline:
         write_timeline(report, given.timeline)
@@ -93,6 +141,64 @@ def read_lengths(words: Sequence[str]) -> list[int]:
     if lengths:
         check_sequences(lengths)
     return lengths
+
+
+def advise_on(given: argparse.Namespace, lengths: Sequence[int]) -> list[str]:
+    """The best layouts, in lines.
+
+    Raises:
+        ConfigError: the model, the GPUs or the sequences are missing or wrong.
+    """
+    if len(lengths) != 1:
+        what = f"--advise plans sequences of one length, and --tokens gives {len(lengths) or 'none'}"
+        raise ConfigError(what, way_out="state one: --tokens 131072")
+    for name in ("gpus", "best", "sequences", "memory_gib"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be above 0")
+    config, (architecture, memory), model = read_model(given)
+    gpu = find_gpu(given.gpu)
+    if config.model.precision == "fp8" and not gpu.fp8_flops:
+        raise ConfigError(f"model.precision=fp8, and {gpu.name} has no FP8", way_out="use model.precision=bf16")
+    question = Question(
+        architecture,
+        memory,
+        tokens=lengths[0],
+        sequences=given.sequences or config.train.global_batch_size,
+        num_gpus=given.gpus,
+        gpu=gpu,
+        memory_bytes=gpu.memory_bytes if given.memory_gib is None else int(given.memory_gib * 2**30),
+        precision=config.model.precision,
+        trainable=config.train.trainable,
+        slice_tokens=config.train.loss_slice_tokens,
+        slack=config.parallel.slack,
+        efficiency=Efficiency.parse(given.efficiency),
+    )
+    return describe_advice(question, advise(question, best=given.best), model=model)
+
+
+def read_model(given: argparse.Namespace) -> tuple[Config, tuple[Architecture, MemorySizes], str]:
+    """Settings, sizes and name of the model that --model or --config names; bf16 unless the settings say otherwise."""
+    if given.model is None and given.config is None:
+        raise ConfigError("--advise needs a model", way_out=f"give --config FILE, or --model {', '.join(BACKBONES)}")
+    named = given.model is not None and given.model.lower() in BACKBONES
+    words = stand_ins(given.config) if given.config else [f"{key}={value}" for key, value in STAND_INS.items()]
+    if given.model is not None:
+        is_hf = (Path(given.model) / "config.json").exists()
+        words.append(f"model.init_from=hf:{given.model}" if is_hf else f"model.path={given.model}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = given.config or Path(folder) / "settings.yaml"
+        if not given.config:
+            path.write_text("model: {precision: bf16}")
+        loaded = load_config(path, [*words, *given.overrides])
+    require(check_config(loaded.config, where=loaded.where))
+    if named:
+        return loaded.config, named_shape(given.model), given.model
+    if given.model is not None and not Path(given.model).exists():
+        known = ", ".join(BACKBONES)
+        raise ConfigError(f"--model {given.model} is no folder", way_out=f"give one, or one of {known}")
+    description = open_start(loaded.config).description
+    return loaded.config, (description.architecture, description.memory), given.model or str(given.config)
 
 
 def stand_ins(path: Path) -> list[str]:
@@ -161,6 +267,12 @@ def first_batch(config: Config, *, dp: int) -> tuple[list[int], int]:
         seed=config.data.seed,
     )
     return [length for length in data.lengths[samples].tolist() if length > 1], int(data.lengths.max())
+
+
+def draw_cuts(cutting: Cutting, memory: MemorySizes, lengths: Sequence[int], *, seed: int) -> list[Cuts]:
+    """One draw of each sequence's cuts, as training draws them; without the texts no sentence ends are known."""
+    plan = cutting.plan(memory, seed=seed)
+    return [plan.cut(np.zeros(count, dtype=np.int64), epoch=0, sample=n) for n, count in enumerate(lengths)]
 
 
 def write_timeline(report: PipelineReport, path: Path) -> None:
@@ -235,67 +347,43 @@ def _describe_schedule(report: PipelineReport, config: Config) -> list[str]:
 
 def _stage_table(report: PipelineReport, config: Config) -> list[str]:
     """Aligned columns, one line a stage; bytes in one unit."""
-    recompute = config.train.recompute == "full"
-    unit = unit_of(max(stage.state.total + stage.checkpoint_bytes for stage in report.stages))
-    in_unit = [f"{what} {unit}" for what in ("weights", "gradients", "optimizer")]
-    rows = [["stage", "layers", "weights M", "work", *in_unit, "live chunks"]]
-    if recompute:
-        rows[0] += [f"checkpoints {unit}", f"in all {unit}"]
+    kept = "checkpoints" if config.train.recompute == "full" else "graphs"
+    unit = unit_of(max(stage.bytes.total for stage in report.stages))
+    counted_bytes = ("weights", "gradients", "optimizer", kept, "in work", "buffers", "in all")
+    rows = [["stage", "layers", "weights M", "work", "live chunks", *(f"{what} {unit}" for what in counted_bytes)]]
     for number, stage in enumerate(report.stages):
-        state = stage.state
+        needs = stage.bytes
+        columns = (needs.weights, needs.gradients, needs.optimizer, needs.chunks, needs.in_work, needs.buffers)
         row = [
             str(number),
             f"{len(stage.layers)} ({stage.layers.start}-{stage.layers.stop - 1})",
             f"{stage.parameters.all / 1e6:,.1f}",
             f"{stage.share_of_work:.2f}",
-            *(scaled(count, unit) for count in (state.weights, state.gradients, state.optimizer)),
             str(stage.live_chunks),
+            *(scaled(count, unit) for count in (*columns, needs.total)),
         ]
-        if recompute:
-            row += [scaled(count, unit) for count in (stage.checkpoint_bytes, state.total + stage.checkpoint_bytes)]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return aligned(rows)
 
 
 def _remarks(report: PipelineReport, config: Config) -> list[str]:
-    """What the table does not count."""
-    lines = ["Bytes are of one rank. Not counted: the graph of the chunk in work, a slice of logits, buffers."]
+    """What the table counts and what not."""
+    lines = [
+        "Bytes are of one rank, where a step needs most (docs/planning.md). Not counted: interpreter and libraries, a",
+        "GPU's context, a checkpoint being written, what an allocator loses between tensors.",
+    ]
     if config.train.recompute != "full":
         most = max(stage.checkpoint_bytes for stage in report.stages)
         lines.append(
-            "Without recomputation each live chunk keeps its whole graph, also not counted; "
-            f"train.recompute=full would keep {size(most)} at most."
+            "Without recomputation each live chunk keeps its whole graph; "
+            f"train.recompute=full would keep {size(most)} of them at most, and one graph."
+        )
+    if report.cuts_are_drawn:
+        lines.append(
+            f"Cuts are drawn (data.chunks={config.data.chunks}, data.max_stride={config.data.max_stride}): layers are "
+            "split by expected costs, times are of one draw, bytes of the worst."
         )
     return lines
-
-
-def unit_of(count: float) -> str:
-    """In which bytes are told to people."""
-    return next(unit for unit, factor in reversed(UNITS.items()) if count >= factor or factor == 1)
-
-
-def scaled(count: float, unit: str) -> str:
-    """Bytes as a number of `unit`."""
-    return f"{count / UNITS[unit]:,.{0 if unit == 'B' else 2}f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people: `14.42 MB`."""
-    return f"{scaled(count, unit_of(count))} {unit_of(count)}"
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 layer`, `2 processes`."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural if count != 1 else ''}"
-
-
-def listed(values: Sequence[int], joint: str) -> str:
-    """All the values if they are few, else how they range."""
-    if len(values) <= 8:
-        return joint.join(map(str, values))
-    return f"{min(values)} to {max(values)} a sequence"
 
 
 if __name__ == "__main__":

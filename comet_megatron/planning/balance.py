@@ -10,6 +10,7 @@ from comet_megatron.chunking import ChunkPlan, plan_chunks
 from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.errors import ConfigError
 from comet_megatron.planning.costs import embedding_flops, head_flops, layer_flops
+from comet_megatron.planning.cutting import FULL_CHUNKS, Cutting
 
 AUTO = "auto"
 _STAGES_TOLD_ONE_BY_ONE = 8
@@ -30,13 +31,18 @@ class ChunkCosts:
     last: float = 0.0
 
 
-def steady_chunk(memory: MemorySizes, *, tokens: int) -> ChunkPlan:
+def steady_chunk(
+    memory: MemorySizes, *, tokens: int, length: int | None = None, stride: int | None = None
+) -> ChunkPlan:
     """The chunk that stands for most of a sequence's: the last full one that writes memory, or the only one.
 
     Args:
         tokens: text tokens of the sequence, 1 or more.
+        length: text tokens of a chunk instead of the model's.
+        stride: text tokens per beacon instead of the model's.
     """
-    plans = plan_chunks(tokens, memory)
+    lengths = None if length is None else (length,) * -(-tokens // length)
+    plans = plan_chunks(tokens, memory, lengths=lengths, stride=stride)
     return plans[-2] if len(plans) > 1 else plans[0]
 
 
@@ -47,14 +53,33 @@ def chunk_costs(
     tokens: int,
     labelled_share: float = 1.0,
     recompute: bool = False,
+    cutting: Cutting = FULL_CHUNKS,
 ) -> ChunkCosts:
     """Costs of a steady chunk; with `recompute` its layers run forward twice, the head never does.
 
     Args:
         tokens: text tokens of the sequence.
         labelled_share: of the text tokens that have a label.
+        cutting: where cuts are drawn, the expected costs of as much text as a full chunk has.
     """
-    plan = steady_chunk(memory, tokens=tokens)
+    full = steady_chunk(memory, tokens=tokens)
+    if not cutting.draws(memory):
+        return _costs_of(architecture, full, labelled_share=labelled_share, recompute=recompute)
+    strides, mean = cutting.strides(memory), ChunkCosts(0.0)
+    for length, share in cutting.expected_lengths(memory, tokens=tokens).items():
+        for stride in strides:
+            plan = steady_chunk(memory, tokens=tokens, length=length, stride=stride)
+            costs = _costs_of(architecture, plan, labelled_share=labelled_share, recompute=recompute)
+            weight = share / len(strides) * full.num_text / plan.num_text
+            mean = ChunkCosts(
+                layer=mean.layer + weight * costs.layer,
+                first=mean.first + weight * costs.first,
+                last=mean.last + weight * costs.last,
+            )
+    return mean
+
+
+def _costs_of(architecture: Architecture, plan: ChunkPlan, *, labelled_share: float, recompute: bool) -> ChunkCosts:
     forwards = 2 if recompute else 1
     return ChunkCosts(
         layer=(forwards + 2) * layer_flops(architecture, plan),
@@ -107,6 +132,7 @@ def resolve_layers_per_stage(
     tokens: int,
     labelled_share: float = 1.0,
     recompute: bool = False,
+    cutting: Cutting = FULL_CHUNKS,
 ) -> tuple[int, ...]:
     """What parallel.layers_per_stage means: a list as it is, "auto" by the costs of a steady chunk.
 
@@ -114,6 +140,7 @@ def resolve_layers_per_stage(
         tokens: text tokens of the sequence that the costs are taken from.
         labelled_share: of the text tokens that have a label.
         recompute: layers run forward twice.
+        cutting: how sequences are cut into chunks.
 
     Raises:
         ConfigError: more stages than layers, or another word.
@@ -123,7 +150,14 @@ def resolve_layers_per_stage(
     if setting != AUTO:
         what = f"parallel.layers_per_stage={setting!r} must be auto or a list such as [8, 8, 6]"
         raise ConfigError(what)
-    costs = chunk_costs(architecture, memory, tokens=max(tokens, 1), labelled_share=labelled_share, recompute=recompute)
+    costs = chunk_costs(
+        architecture,
+        memory,
+        tokens=max(tokens, 1),
+        labelled_share=labelled_share,
+        recompute=recompute,
+        cutting=cutting,
+    )
     return split_layers(architecture.num_layers, num_stages, layer=costs.layer, first=costs.first, last=costs.last)
 
 
@@ -139,14 +173,15 @@ def describe_split(layers_per_stage: Sequence[int], costs: ChunkCosts, *, settin
     Args:
         setting: parallel.layers_per_stage as it was given.
     """
-    line = f"stages   PP {len(layers_per_stage)}: {_told(layers_per_stage)} layer{'s' * (sum(layers_per_stage) > 1)}"
+    plural = "s" * (sum(layers_per_stage) > 1)
+    line = f"stages   PP {len(layers_per_stage)}: {told_layers(layers_per_stage)} layer{plural}"
     if len(layers_per_stage) == 1:
         return line
     how = "by cost" if setting == AUTO else "as given"
     return f"{line} ({how}: the head weighs {costs.last / costs.layer:.1f} layers)"
 
 
-def _told(layers_per_stage: Sequence[int]) -> str:
+def told_layers(layers_per_stage: Sequence[int]) -> str:
     """`9 + 10 + 10 + 7`; of many stages equal neighbours together, `15 x 4 + 3`."""
     if len(layers_per_stage) <= _STAGES_TOLD_ONE_BY_ONE:
         return " + ".join(map(str, layers_per_stage))

@@ -1,7 +1,7 @@
 """Bytes that a stage keeps on each rank and bytes that a link carries, from sizes. Pure, no torch.
 
-Counted: weights, gradients, the optimizer's state, what recomputation keeps of a chunk, hidden states that cross a
-link. Not counted: the graph of the chunk that is being computed, a slice of logits, buffers of all kinds.
+Here: weights, gradients, the optimizer's state, what recomputation keeps of a chunk, hidden states that cross a link.
+The graph of a chunk and a slice of logits are in activations.py; all together in footprint.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from comet_megatron.chunking import ChunkPlan
 from comet_megatron.config.schema import Architecture, MemorySizes
 
-BYTES = {"fp32": 4, "bf16": 2}  # of a weight and of a hidden state
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a weight and of a hidden state
 FP32_BYTES = 4  # of gradients, moments, master weights and the memory's state
 _VOCABULARY_MULTIPLE = 128  # rows of the embedding on each tensor-parallel rank, as model/architectures.py pads them
 
@@ -70,7 +70,7 @@ def count_parameters(
     """
     train_backbone = trainable == "all"
     hidden = architecture.hidden_size
-    vocabulary = _padded_vocabulary(architecture.vocab_size, tp=tp) // tp * hidden
+    vocabulary = padded_vocabulary(architecture.vocab_size, tp=tp) // tp * hidden
     backbone = num_layers * _count_backbone_layer(architecture, tp=tp)
     matrices = int(is_first) + int(is_last and not (is_first and architecture.tie_embeddings))
     backbone += matrices * vocabulary + (hidden if is_last else 0)  # the final norm is with the head
@@ -101,7 +101,8 @@ def _count_memory_nets(memory: MemorySizes, hidden: int) -> int:
     return count + (norm_and_adapter if memory.stride > 0 else 0)
 
 
-def _padded_vocabulary(vocab_size: int, *, tp: int) -> int:
+def padded_vocabulary(vocab_size: int, *, tp: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
     multiple = _VOCABULARY_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
@@ -111,10 +112,10 @@ def state_bytes(parameters: Parameters, *, precision: str, dp: int = 1, zero1: b
 
     Args:
         parameters: of the stage on one tensor-parallel rank.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp8 (weights as in bf16; what Transformer Engine keeps of them in fp8 is not counted).
         dp: data-parallel ranks; with `zero1` they share the optimizer's state.
     """
-    copies = 3 if precision == "bf16" else 2
+    copies = 2 if precision == "fp32" else 3
     optimizer = copies * FP32_BYTES * parameters.trained
     return StateBytes(
         weights=parameters.all * BYTES[precision],

@@ -20,6 +20,7 @@ from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout, build_layout
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.planning.balance import chunk_costs, describe_split, resolve_layers_per_stage
+from comet_megatron.planning.cutting import Cutting
 from comet_megatron.planning.memory import kept_piece_bytes
 from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
@@ -30,6 +31,7 @@ from comet_megatron.train.data import RunData
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings
 from comet_megatron.train.records import Callback
+from comet_megatron.train.room import check_room
 from comet_megatron.train.trainer import Trainer
 
 
@@ -65,11 +67,12 @@ def build_trainer(
     layout = build_layout(
         process, device, tp=parallel.tp, pp=parallel.pp, seed=config.train.seed, timeout_s=parallel.timeout_s
     )
-    told = []
+    room = check_room(config, description, layout, process, longest=train_data.longest)
+    told: list[str] = []
     if plan.newest is not None:
         checkpoint, told = choose_checkpoint(run, plan, layout)
         start = CheckpointStart(checkpoint, description)
-    told += [*prepare_run_folder(run, plan, layout), *(plan.told if plan.newest is None else ())]
+    told += [*room, *prepare_run_folder(run, plan, layout), *(plan.told if plan.newest is None else ())]
     layers_per_stage = resolve_layers_per_stage(
         parallel.layers_per_stage,
         description.architecture,
@@ -77,6 +80,7 @@ def build_trainer(
         num_stages=parallel.pp,
         tokens=data.train.longest,
         recompute=config.train.recompute == "full",
+        cutting=Cutting.of(config.data),
     )
     stage = build_stage(
         description.architecture,
@@ -196,6 +200,7 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
             memory,
             tokens=data.longest,
             recompute=config.train.recompute == "full",
+            cutting=Cutting.of(config.data),
         )
         split = describe_split(layers_per_stage, costs, setting=config.parallel.layers_per_stage)
         lines.insert(3, f"{split}; slack {config.parallel.slack}")

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from comet_megatron.checkpoint.hf_rules import Whole, plan_rules
 from comet_megatron.chunking import next_token_labels, plan_chunks
 from comet_megatron.config.schema import OptimizerSection
-from comet_megatron.model.architectures import padded_vocabulary
+from comet_megatron.model.architectures import padded_vocabulary as vocabulary_of_the_model
 from comet_megatron.model.build import build_stage
 from comet_megatron.model.chunk_tensors import build_chunk_tensors
 from comet_megatron.model.memory import carry_memory
 from comet_megatron.planning.memory import (
     Parameters,
     StateBytes,
-    _padded_vocabulary,
     checkpoint_bytes,
     count_parameters,
     kept_piece_bytes,
     message_bytes,
+    padded_vocabulary,
     state_bytes,
 )
 from comet_megatron.testing.tiny import (
@@ -83,7 +83,7 @@ def test_a_tensor_parallel_rank_has_as_many_parameters_as_weights_are_loaded_int
 
 @given(st.integers(1, 300_000), st.integers(1, 16))
 def test_the_vocabulary_is_padded_as_the_model_pads_it(vocabulary, tp):
-    assert _padded_vocabulary(vocabulary, tp=tp) == padded_vocabulary(vocabulary, tp=tp)
+    assert padded_vocabulary(vocabulary, tp=tp) == vocabulary_of_the_model(vocabulary, tp=tp)
 
 
 def test_a_trained_weight_has_4_bytes_of_gradient_and_8_or_12_of_optimizer_state():
