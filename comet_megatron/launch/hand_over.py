@@ -7,7 +7,6 @@ and when the first process or its machine is gone, the others learn it. No proce
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.errors import ConfigError, PeerError
+from comet_megatron.parallel.process import store_generation
 
 CONNECT_TIMEOUT_S = 600
 LOOK_EVERY_S = 0.5
@@ -57,7 +57,7 @@ class HandOver:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"the processes do not find each other: {reason}", way_out="use torchrun") from error
         # A restart by torchrun (--max-restarts) may find the same store.
-        self._key = f"comet_megatron/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = f"comet_megatron/launch/{store_generation()}"
 
     def tell(self, order: Order) -> None:
         """The first process: all is prepared."""
