@@ -29,8 +29,10 @@ from comet_megatron.config.load import LoadedConfig, load_config
 from comet_megatron.config.rules import check_config, check_layout, check_start, require
 from comet_megatron.config.schema import REQUIRED, Architecture, Config, MemorySizes
 from comet_megatron.data.cuts import Cuts
-from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.sampler import plan_batch
+from comet_megatron.data.dataset import ShardDataset, joined
+from comet_megatron.data.sampler import plan_positions
+from comet_megatron.data.sources import TRAIN, find_source
+from comet_megatron.data.training_data import TrainingData
 from comet_megatron.errors import CometError, ConfigError, DataError, OutputError, report_user_errors
 from comet_megatron.new_folder import make_folder
 from comet_megatron.parallel.timeline import draw_timeline, write_chrome_trace
@@ -252,21 +254,29 @@ def first_batch(config: Config, *, dp: int) -> tuple[list[int], int]:
     if config.data.train == NOT_GIVEN:
         raise ConfigError("data.train has no value, so the sequences of a step are not known", way_out=GIVE_TOKENS)
     try:
-        data = ShardDataset(config.data.train)
+        data = open_shards(config)
     except DataError as error:
         what = f"the sequences of a step are not known: {error.what}"
         raise ConfigError(what, where=error.where, way_out=GIVE_TOKENS) from error
-    if len(data) == 0:
-        raise ConfigError(f"data.train={data.folder} holds no samples", way_out=GIVE_TOKENS)
-    samples = plan_batch(
-        0,
-        global_batch_size=config.train.global_batch_size,
-        dp_rank=0,
-        dp_size=dp,
-        num_samples=len(data),
-        seed=config.data.seed,
-    )
-    return [length for length in data.lengths[samples].tolist() if length > 1], int(data.lengths.max())
+    positions = plan_positions(0, global_batch_size=config.train.global_batch_size, dp_rank=0, dp_size=dp)
+    lengths = [length for position in positions for length in data.lengths_at(position)]
+    return [length for length in lengths if length > 1], data.longest
+
+
+def open_shards(config: Config) -> TrainingData:
+    """The data of training; only indexes are read.
+
+    Raises:
+        DataError: they are not there, or not prepared yet.
+    """
+    datasets, weights = [], []
+    for place, weight in config.data.sources:
+        source = find_source(place, part=TRAIN, key="data.train")
+        if source.texts is not None:
+            raise DataError(f"data.train={place} is JSONL, whose tokens are not counted before the run has prepared it")
+        datasets.append(joined([ShardDataset(folder) for folder in source.shards], place=place))
+        weights.append(weight)
+    return TrainingData(datasets, weights=weights, seed=config.data.seed, pack_tokens=config.data.pack_tokens)
 
 
 def draw_cuts(cutting: Cutting, memory: MemorySizes, lengths: Sequence[int], *, seed: int) -> list[Cuts]:

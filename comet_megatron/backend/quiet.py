@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
+
+from comet_megatron.backend.environment import set_quiet
 
 
 def quiet_libraries() -> None:
     """Hide warnings and progress bars of torch, Megatron-Core and transformers; errors stay."""
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    set_quiet()
     for name in ("megatron", "torch.distributed.run", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -199,6 +199,11 @@ class JoinedDatasets:
         return self.parts[part], number - (int(self._ends[part - 1]) if part else 0)
 
 
+def joined(parts: Sequence[Samples], *, place: str) -> Samples:
+    """The only one, or all of them one after the other."""
+    return parts[0] if len(parts) == 1 else JoinedDatasets(parts, place=place)
+
+
 def _checked(sample: int, samples: Samples) -> int:
     number = int(sample)
     if not -len(samples) <= number < len(samples):

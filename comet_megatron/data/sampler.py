@@ -27,18 +27,6 @@ def sample_index(position: int, *, num_samples: int, seed: int) -> tuple[int, in
     return epoch, int(_permutation(num_samples, seed, epoch)[place])
 
 
-def plan_batch(
-    step: int, *, global_batch_size: int, dp_rank: int, dp_size: int, num_samples: int, seed: int
-) -> list[int]:
-    """Numbers of the samples of one data set that a data-parallel rank trains on in a step (the first step is 0).
-
-    Raises:
-        ConfigError: as plan_positions.
-    """
-    positions = plan_positions(step, global_batch_size=global_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-    return [sample_index(position, num_samples=num_samples, seed=seed)[1] for position in positions]
-
-
 def plan_positions(step: int, *, global_batch_size: int, dp_rank: int, dp_size: int) -> range:
     """Positions, counted since the start of training, that a data-parallel rank trains on in a step (the first is 0).
 

@@ -27,6 +27,8 @@ from comet_megatron.launch.requirements import check_gpus
 from comet_megatron.launch.sources import is_list
 from comet_megatron.parallel.hand_over import HandOver
 from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.train.continuation import AUTO, LAST, NO
+from comet_megatron.train.main import resume_as_one
 
 FILE_SYSTEM_DELAY_S = 90  # a shared file system may show a new folder so much later
 
@@ -36,10 +38,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="finetune_comet_128k.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT/train")
+    parser.add_argument(
+        "--resume",
+        choices=(NO, LAST, AUTO),
+        default=NO,
+        metavar="auto",
+        help="continue the run in OUTPUT/train; auto: or start it, if it has no checkpoint yet",
+    )
     parser.add_argument("--check", action="store_true", help="only say what is missing or wrong; nothing is written")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(resume_as_one(sys.argv[1:] if arguments is None else arguments))
 
 
 @report_user_errors
@@ -89,7 +97,7 @@ def _prepare(plan: Plan) -> Order:
         print("data       no document fell into the held-out part: there is no evaluation", flush=True)
         evaluation = ["train.eval_every=0"]
     arguments = [
-        *(["--resume"] if plan.resume else []),
+        *([f"--resume={plan.resume}"] if plan.resume != NO else []),
         override("model.path", start),
         f"data.train={train}" if is_list(train) else override("data.train", train),
         *evaluation,

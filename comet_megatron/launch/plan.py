@@ -39,6 +39,7 @@ from comet_megatron.launch.sources import (
 )
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.planning.memory import count_parameters
+from comet_megatron.train.continuation import AUTO, LAST, plan_continuation
 
 RECIPES = Path("examples") / "configs"
 PAPER, TINY = RECIPES / "comet_128k.yaml", RECIPES / "tiny_128k.yaml"
@@ -61,16 +62,17 @@ class Plan:
     pp: int
     loaded: LoadedConfig
     overrides: tuple[str, ...]
-    resume: bool
+    resume: str
 
 
 def make_plan(
-    process: ProcessRank, arguments: Sequence[str], *, resume: bool, repository: Path, only_check: bool = False
+    process: ProcessRank, arguments: Sequence[str], *, resume: str, repository: Path, only_check: bool = False
 ) -> Plan:
     """Plan the launch that the environment and the arguments ask for. The first process only.
 
     Args:
         arguments: the user's key=value.
+        resume: NO, LAST or AUTO of train/continuation.py.
         only_check: with problems, print the settings to stderr too.
 
     Raises:
@@ -101,7 +103,7 @@ class _Planner:
         settings: name, value and where it comes from.
     """
 
-    def __init__(self, process: ProcessRank, given: Given, repository: Path, *, resume: bool) -> None:
+    def __init__(self, process: ProcessRank, given: Given, repository: Path, *, resume: str) -> None:
         self.process, self.given, self.repository, self.resume = process, given, repository, resume
         self.settings: list[tuple[str, str, str]] = []
         self.problems: list[CometError] = []
@@ -224,8 +226,10 @@ class _Planner:
         elif not os.access(existing, os.W_OK):
             what = f"OUTPUT={shown(output)} cannot be written: no permission in {shown(existing)}"
             self.problems.append(OutputError(what, way_out="give OUTPUT a folder that you may write to"))
-        elif self.resume:
+        elif self.resume == LAST:
             self._attempt(newest_checkpoint, run)
+        elif self.resume == AUTO:
+            self._attempt(plan_continuation, run, resume=AUTO, fresh=False, restarts=0)
         else:
             try:
                 check_is_new_run(run)

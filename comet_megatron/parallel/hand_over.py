@@ -7,7 +7,6 @@ and when the first process or its machine is gone, the others learn it. No proce
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import Any
 
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.errors import ConfigError, PeerError
+from comet_megatron.parallel.process import store_generation
 
 CONNECT_TIMEOUT_S = 600
 LOOK_EVERY_S = 0.5
@@ -34,7 +34,7 @@ class HandOver:
     def __init__(self, subject: str) -> None:
         self._store = _store_of_this_launch()
         # A restart by torchrun (--max-restarts) may find the same store.
-        self._key = f"comet_megatron/{subject}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = f"comet_megatron/{subject}/{store_generation()}"
 
     def tell(self, value: Any) -> None:
         """The first process: all is prepared; `value` is what JSON can say, and not None."""

@@ -59,8 +59,12 @@ class HangWatch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch while inside. An error that says that a process is gone ends all processes."""
-        for target in (self._watch_activity, self._watch_store):
-            threading.Thread(target=target, name="hang watch", daemon=True).start()
+        threads = [
+            threading.Thread(target=target, name="hang watch", daemon=True)
+            for target in (self._watch_activity, self._watch_store)
+        ]
+        for thread in threads:
+            thread.start()
         try:
             yield
         except PeerError as error:
@@ -72,6 +76,8 @@ class HangWatch:
             self.stop_all(f"{self.name_of(self.rank)}, {doing}: another process is gone: {sign}")
         finally:
             self._over.set()
+            for thread in threads:  # one that is inside a call of the store when Python ends would abort the process
+                thread.join(ANSWER_S)
 
     def _watch_activity(self) -> None:
         state, lasted_s, looked_s = self.activity.state, 0.0, time.monotonic()

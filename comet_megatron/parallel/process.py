@@ -22,3 +22,13 @@ class ProcessRank:
 
         world_size = number("WORLD_SIZE", 1)
         return cls(number("RANK", 0), world_size, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", world_size))
+
+
+def store_generation() -> int:
+    """How often the processes that share torchrun's store have been started again; 0 where each start has its own.
+
+    torchrun keeps one store for all of them, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. Each agent counts for itself,
+    so that the count is no common name where an agent has been replaced: runs on several machines set that variable.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0

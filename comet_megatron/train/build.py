@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from comet_megatron.backend.device import Device, keep_large_tensors_apart, select_device, set_cpu_threads
+from comet_megatron.backend.environment import describe_environment, set_environment
 from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state
 from comet_megatron.checkpoint.start import CheckpointStart, Start
@@ -18,7 +19,7 @@ from comet_megatron.model.build import build_stage
 from comet_megatron.new_folder import copy_files, make_folder
 from comet_megatron.parallel.hang_watch import HangWatch
 from comet_megatron.parallel.layout import Layout, build_layout
-from comet_megatron.parallel.process import ProcessRank
+from comet_megatron.parallel.process import ProcessRank, store_generation
 from comet_megatron.planning.balance import chunk_costs, describe_split, resolve_layers_per_stage
 from comet_megatron.planning.cutting import Cutting
 from comet_megatron.planning.memory import kept_piece_bytes
@@ -26,7 +27,7 @@ from comet_megatron.train.callbacks.curve import Curve
 from comet_megatron.train.callbacks.progress import Progress as ProgressDisplay
 from comet_megatron.train.callbacks.progress import start_logging
 from comet_megatron.train.callbacks.tensorboard import TensorBoard
-from comet_megatron.train.continuation import Continuation, choose_checkpoint, prepare_run_folder, restarts_by_torchrun
+from comet_megatron.train.continuation import Continuation, choose_checkpoint, prepare_run_folder
 from comet_megatron.train.data import RunData
 from comet_megatron.train.model import TrainableModel, build_trainable
 from comet_megatron.train.optimizer import build_optimizer, build_schedule, keep_settings
@@ -56,18 +57,19 @@ def build_trainer(
     description = start.description
     if process.rank == 0:
         make_folder(run)  # before minutes are spent on loading
+    set_environment()
     device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
         keep_large_tensors_apart(kept_piece_bytes(description.architecture, description.memory))
         threads = set_cpu_threads(config.train.cpu_threads, processes_on_this_machine=process.local_world_size)
     parallel = config.parallel
-    if (restarts := restarts_by_torchrun()) and not dist.is_initialized():
-        join_restarted_world(process, device, restarts=restarts, timeout_s=parallel.timeout_s)
+    if (generation := store_generation()) and not dist.is_initialized():
+        join_restarted_world(process, device, generation=generation, timeout_s=parallel.timeout_s)
     layout = build_layout(
         process, device, tp=parallel.tp, pp=parallel.pp, seed=config.train.seed, timeout_s=parallel.timeout_s
     )
-    room = check_room(config, description, layout, process, longest=train_data.longest)
+    room = check_room(config, description, layout, process, longest=data.train.longest)
     told: list[str] = []
     if plan.newest is not None:
         checkpoint, told = choose_checkpoint(run, plan, layout)
@@ -128,7 +130,7 @@ def build_trainer(
     return trainer, [*told, *summarize(trainer, start.path, layers_per_stage, threads=threads)]
 
 
-def join_restarted_world(process: ProcessRank, device: Device, *, restarts: int, timeout_s: float) -> None:
+def join_restarted_world(process: ProcessRank, device: Device, *, generation: int, timeout_s: float) -> None:
     """Start torch.distributed after torchrun has started the processes again, with names of its own in the store.
 
     torchrun keeps one store for all restarts, in which the addresses of the processes that are gone still stand; who
@@ -137,7 +139,7 @@ def join_restarted_world(process: ProcessRank, device: Device, *, restarts: int,
     timeout = timedelta(seconds=2 * timeout_s + 60)  # as build_layout does
     store, rank, world_size = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=timeout))
     store.set_timeout(timeout)
-    own = dist.PrefixStore(f"restart_{restarts}", store)
+    own = dist.PrefixStore(f"restart_{generation}", store)
     dist.init_process_group(device.collectives, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -204,6 +206,8 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
         )
         split = describe_split(layers_per_stage, costs, setting=config.parallel.layers_per_stage)
         lines.insert(3, f"{split}; slack {config.parallel.slack}")
+    if environment := describe_environment(on_gpu=layout.device.kind == "cuda"):
+        lines.append(f"environ  {environment}")
     if trainer.progress.step:
         lines.append(f"resume   after step {trainer.progress.step}")
     return lines

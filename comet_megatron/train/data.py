@@ -10,7 +10,7 @@ from pathlib import Path
 from comet_megatron.checkpoint.start import Start
 from comet_megatron.config.schema import Config
 from comet_megatron.data.cuts import CutPlan, parse_ways, sentence_end_ids
-from comet_megatron.data.dataset import JoinedDatasets, Samples, ShardDataset
+from comet_megatron.data.dataset import Samples, ShardDataset, joined
 from comet_megatron.data.first_use import prepare_source, prepared_folder, shards_in
 from comet_megatron.data.prepare import PrepareSettings
 from comet_megatron.data.sources import EVAL, TRAIN, Source, find_source
@@ -69,7 +69,7 @@ def _open(source: Source, folders: dict[Source, str], start: Start) -> Samples:
     found = [ShardDataset(folder) for folder in (source.shards or (folders[source],))]
     for dataset in found:
         check_fits(dataset, source.key, start)
-    return found[0] if len(found) == 1 else JoinedDatasets(found, place=source.place)
+    return joined(found, place=source.place)
 
 
 def _prepare_together(

@@ -53,10 +53,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--fresh", action="store_true", help="start from step 0; what is in train.output is moved aside, not deleted"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    return parser.parse_intermixed_args(_resume_as_one(sys.argv[1:] if arguments is None else arguments))
+    return parser.parse_intermixed_args(resume_as_one(sys.argv[1:] if arguments is None else arguments))
 
 
-def _resume_as_one(arguments: Sequence[str]) -> list[str]:
+def resume_as_one(arguments: Sequence[str]) -> list[str]:
     """`--resume` and `--resume auto` as --resume=WORD, so that argparse takes no override for its value."""
     joined: list[str] = []
     for word in arguments:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from comet_megatron.data.sampler import plan_batch
+from comet_megatron.data.sampler import plan_positions, sample_index
 from comet_megatron.testing.hf_models import save_family
 from comet_megatron.testing.runs import write_data, write_start
 from comet_megatron.testing.tiny import tiny_architecture, tiny_memory, tiny_sequences
@@ -77,7 +77,8 @@ def test_the_table_has_a_line_for_each_stage_and_their_sums_are_the_model(place)
 def test_without_lengths_the_first_step_of_the_first_data_parallel_rank_is_planned(place):
     settings = ["parallel.pp=2", "train.global_batch_size=4", "data.seed=5", f"data.train={place / 'data'}"]
     out = planned(place, "--processes", "4", *settings)
-    samples = plan_batch(0, global_batch_size=4, dp_rank=0, dp_size=2, num_samples=len(LENGTHS), seed=5)
+    positions = plan_positions(0, global_batch_size=4, dp_rank=0, dp_size=2)
+    samples = [sample_index(p, num_samples=len(LENGTHS), seed=5)[1] for p in positions]
     chunks = [-(-(LENGTHS[sample] - 1) // 16) for sample in samples]
     assert f"{sum(LENGTHS[sample] for sample in samples)} tokens: {sum(chunks)} chunks" in out
     assert f"({' + '.join(map(str, chunks))})" in out
@@ -207,3 +208,13 @@ def test_a_file_in_the_way_of_the_picture_is_told(place, tmp_path):
     (tmp_path / "t.png").mkdir()
     code, _, message = run_plan(place, "--tokens", "40", "--timeline", str(tmp_path / "t.png"))
     assert code == 2 and "the timeline cannot be written" in message
+
+
+def test_mixed_and_packed_data_are_planned_as_they_are_read_and_jsonl_must_be_prepared(place, tmp_path):
+    write_data(tmp_path / "more", tiny_sequences((30, 31, 32)))
+    mixture = f"data.train=[[{place / 'data'}, 1], [{tmp_path / 'more'}, 1]]"
+    out = planned(place, "--processes", "1", "train.global_batch_size=40", "data.pack_tokens=130", mixture)
+    assert int(re.search(r"([\d,]+) tokens: ", out)[1].replace(",", "")) > 40 * 60  # sequences of several documents
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    code, _, err = run_plan(place, f"data.train={tmp_path}/a.jsonl")
+    assert code == 2 and "JSONL" in err and "--tokens" in err

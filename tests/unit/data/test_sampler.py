@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -9,13 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_megatron.data.sampler import _permutation, plan_batch, sample_index
+from comet_megatron.data.sampler import _permutation, plan_positions, sample_index
 from comet_megatron.errors import ConfigError
 
 SEEDS = st.integers(0, 2**63)
 SIZES = st.integers(1, 200)
 GOLDEN_FIRST = [224, 201, 28, 296, 262, 320, 623, 614]
 GOLDEN_LATER = [864, 345, 218, 54, 862, 699, 550, 348]  # in the third epoch
+
+
+def plan_batch(step: int, *, num_samples: int, seed: int, **ranks: int) -> list[int]:
+    """Numbers of the samples of one data set that a rank trains on in a step."""
+    return [sample_index(p, num_samples=num_samples, seed=seed)[1] for p in plan_positions(step, **ranks)]
 
 
 @given(num_samples=SIZES, seed=SEEDS, epoch=st.integers(0, 1000))
@@ -48,7 +54,8 @@ def test_resume_gives_the_same_samples_in_a_new_process_and_after_dp_changes() -
     options = {"global_batch_size": 8, "num_samples": 101, "seed": 1234}
     going_on = [plan_batch(step, dp_rank=0, dp_size=1, **options) for step in range(40)][30:]
     program = (
-        "from comet_megatron.data.sampler import plan_batch\n"
+        "from comet_megatron.data.sampler import plan_positions, sample_index\n"
+        f"{inspect.getsource(plan_batch)}\n"
         f"print([sum((plan_batch(s, dp_rank=r, dp_size=4, **{options}) for r in range(4)), []) for s in range(30, 40)])"
     )
     resumed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
