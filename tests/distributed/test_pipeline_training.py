@@ -109,6 +109,7 @@ def test_a_profile_is_the_picture_and_the_trace_of_one_step(place, pool):
 
 def batch_of_step(step: int) -> list[int]:
     """Numbers of the samples."""
-    from comet_megatron.data.sampler import plan_batch
+    from comet_megatron.data.sampler import plan_positions, sample_index
 
-    return plan_batch(step - 1, global_batch_size=2, dp_rank=0, dp_size=1, num_samples=len(LENGTHS), seed=1234)
+    positions = plan_positions(step - 1, global_batch_size=2, dp_rank=0, dp_size=1)
+    return [sample_index(p, num_samples=len(LENGTHS), seed=1234)[1] for p in positions]

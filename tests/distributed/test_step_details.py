@@ -16,7 +16,7 @@ from torch import Tensor
 from comet_megatron.chunking import IGNORE_LABEL, next_token_labels
 from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.sampler import plan_batch
+from comet_megatron.data.sampler import plan_positions, sample_index
 from comet_megatron.errors import TrainingError
 from comet_megatron.model.build import build_stage
 from comet_megatron.model.chunk_tensors import ChunkTensors
@@ -410,7 +410,7 @@ def spied_command(process, *arguments: str):
     right_read, right_step = ShardDataset.__getitem__, trainer_module.train_step
 
     def read_sample(dataset: ShardDataset, number: int) -> np.ndarray:
-        read.append((Path(dataset.folder).name, int(number)))
+        read.append((Path(dataset.place).name, int(number)))
         return right_read(dataset, number)
 
     def spied_step(model, optimizer, sequences, *args, **kwargs):
@@ -452,8 +452,8 @@ def test_a_run_trains_on_the_planned_samples_and_evaluates_the_same_ones_on_any_
         results = pool(world).run(spied_command, "--config", str(config))
         for rank, (code, err, read, trained) in enumerate(results):
             assert code == 0, err
-            plan = {"global_batch_size": 4, "dp_rank": rank, "dp_size": world, "num_samples": 7, "seed": 3}
-            planned = [plan_batch(step, **plan) for step in range(2)]
+            positions = [plan_positions(s, global_batch_size=4, dp_rank=rank, dp_size=world) for s in range(2)]
+            planned = [[sample_index(p, num_samples=7, seed=3)[1] for p in of_step] for of_step in positions]
             assert [n for folder, n in read if folder == "data"] == sum(planned, [])
             for numbers, sequences in zip(planned, trained, strict=True):
                 assert [ids.tolist() for ids in sequences] == [data[n].tolist() for n in numbers]
