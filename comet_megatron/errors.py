@@ -58,6 +58,10 @@ class DataError(CometError):
     kind = "data error"
 
 
+class DamagedSample(DataError):
+    """A sample's bytes are there and are not those that were written: the same at every try, unlike a failing disk."""
+
+
 class CheckpointError(CometError):
     """A checkpoint or Hugging Face folder is missing, damaged or does not fit."""
 

@@ -7,6 +7,7 @@ Every check_ function is pure and returns all problems it finds; require() raise
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -151,12 +152,15 @@ def _check_sources(config: Config, where: Where) -> list[ConfigError]:
     if "" in places:
         advice = "" if isinstance(config.data.train, str) else f"; {form}"
         found.append(f"{key}={_shown_train(config)} must be the path of a folder{advice}")
-    if numbers := [place for place in places if _is_number(place)]:
-        found.append(f"{key} has {numbers[0]} where a path must be; a weight goes with its path: {form}")
+    listed = not isinstance(config.data.train, str)
+    if numbers := [place for place in places if listed and _is_number(place)]:
+        advice = f"a weight goes with its path: {form}; a folder of that name is ./{numbers[0]}"
+        found.append(f"{key} has {numbers[0]} where a path must be; {advice}")
     for place, weight in sources:
         if not 0 < weight < math.inf:
             found.append(f"{key}: the weight {weight:g} of {place} must be a number above 0")
-    if twice := sorted({place for place in places if place and places.count(place) > 1}):
+    absolute = [place if "://" in place else os.path.abspath(place) for place in places if place]
+    if twice := sorted({place for place in absolute if absolute.count(place) > 1}):
         found.append(f"{key} names {twice[0]} more than once; add its weights")
     return [_problem(what, where, key) for what in found]
 

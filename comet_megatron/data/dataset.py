@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from comet_megatron.data.shards import (
     mask_from_npy,
 )
 from comet_megatron.data.storage import DataFolder, join, open_folder
-from comet_megatron.errors import DataError
+from comet_megatron.errors import DamagedSample, DataError
 
 
 class Samples(Protocol):
@@ -50,7 +51,8 @@ class Samples(Protocol):
 
         Raises:
             IndexError: there is no such sample.
-            DataError: the sample is cut off or damaged on disk; names the shard and the sample.
+            DamagedSample: it is cut off or damaged; names the shard and the sample.
+            DataError: it cannot be read.
         """
 
     def loss_mask(self, sample: int) -> np.ndarray | None:
@@ -65,8 +67,8 @@ class Samples(Protocol):
 class ShardDataset:
     """The samples of one folder of shards, on a local disk or behind a URL.
 
-    Opening reads the manifest and the index and looks at the size of every shard. May be pickled, used by several
-    threads and by forked processes. See Samples.
+    Opening reads the manifest and the index and looks at the size of every shard. May be pickled and used by several
+    threads. See Samples.
 
     Attributes:
         manifest: what the folder holds.
@@ -109,7 +111,7 @@ class ShardDataset:
         if len(ids) and not 0 <= ids.min() <= ids.max() < (known := self.manifest.vocab_size):
             bad = ids.min() if ids.min() < 0 else ids.max()
             what = f"token id {bad} is outside the vocabulary of {known}"
-            raise DataError(what, where=self._where(number), way_out=PREPARE_AGAIN)
+            raise DamagedSample(what, where=self._where(number), way_out=PREPARE_AGAIN)
         return ids
 
     def loss_mask(self, sample: int) -> np.ndarray | None:
@@ -138,12 +140,12 @@ class ShardDataset:
         try:
             payload = self._folder.read_at(self._shard_of(number), int(offsets[number]), size)
         except DataError as error:
-            raise DataError(f"the shard {error.what}", where=where, way_out=PREPARE_AGAIN) from error
+            raise DataError(f"the shard {error.what}", where=where, way_out=error.way_out) from error
         if len(payload) != size:
             problem = f"the shard is cut off: {len(payload)} of {size} bytes are there"
-            raise DataError(problem, where=where, way_out=PREPARE_AGAIN)
+            raise DamagedSample(problem, where=where, way_out=PREPARE_AGAIN)
         if zlib.crc32(payload) != int(checksums[number]):
-            raise DataError(f"the {what} is damaged: its checksum is wrong", where=where, way_out=PREPARE_AGAIN)
+            raise DamagedSample(f"the {what} is damaged: its checksum is wrong", where=where, way_out=PREPARE_AGAIN)
         return payload
 
     def _check_shards(self) -> None:
@@ -183,7 +185,7 @@ class JoinedDatasets:
 
     @property
     def fingerprint(self) -> str:
-        return "+".join(part.fingerprint for part in self.parts)
+        return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()
 
     def __getitem__(self, sample: int) -> np.ndarray:
         part, number = self._at(sample)

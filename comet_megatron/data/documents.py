@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from comet_megatron.data.rows import ROW_FORMS, Chat, Document, parse_row
+from comet_megatron.data.storage import CHECK_PLACE, is_pattern
 from comet_megatron.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"  # the word a user gives instead of a file name
-_GLOB_CHARACTERS = frozenset("*?[")
 _NOT_STDLIB_SOURCE = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 # Generated when this Python was built: they hold the paths and flags of the machine it was built on.
 _GENERATED_PREFIXES = ("_sysconfigdata", "config-")
@@ -251,7 +251,7 @@ def _check_zstandard(files: Iterable[SourceFile]) -> None:
 
 
 def _cannot_read(error: OSError, file: SourceFile) -> DataError:
-    return DataError(f"cannot read the file: {error.strerror}", where=str(file.path))
+    return DataError(f"cannot read the file: {error.strerror}", where=str(file.path), way_out=CHECK_PLACE)
 
 
 def _damaged(error: Exception, file: SourceFile, number: int) -> DataError:
@@ -340,7 +340,7 @@ def _find(given: str) -> list[SourceFile]:
         return [SourceFile(f"{prefix}/{f.relative_to(path).as_posix()}", f, may_be_skipped=True) for f in found]
     if path.is_file():
         return [SourceFile(path.as_posix(), path, may_be_skipped=False)]
-    if _GLOB_CHARACTERS.intersection(given):
+    if is_pattern(given):
         matches = sorted(match for match in glob.glob(given, recursive=True) if os.path.isfile(match))
         if not matches:
             raise DataError("no file fits the pattern", where=given, way_out="check it with ls")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from comet_megatron.data.sampler import sample_index
+from comet_megatron.data.sampler import Order
 from comet_megatron.errors import ConfigError
 
 BLOCK = 4096  # positions
@@ -63,8 +63,8 @@ class Mixture:
     @functools.cached_property
     def shares(self) -> tuple[int, ...]:
         """Positions of each data set in a block, at least one."""
-        total = sum(self.weights)
-        exact = [BLOCK * w / total for w in self.weights]
+        relative = [w / max(self.weights) for w in self.weights]  # whose sum is finite
+        exact = [BLOCK * w / sum(relative) for w in relative]
         counts = [max(1, math.floor(e)) for e in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: (math.floor(exact[i]) - exact[i], i))
         for i in by_remainder:
@@ -77,12 +77,16 @@ class Mixture:
     def at(self, position: int) -> Place:
         """The sample at a position, counted since the start of training over all ranks."""
         if len(self.lengths) == 1:
-            return Place(0, *sample_index(position, num_samples=self.lengths[0], seed=self.seed))
+            return Place(0, *self._orders[0].at(position))
         block, place = divmod(position, BLOCK)
         sources, ranks = _block(self.shares, self.seed, block)
         source = int(sources[place])
         number = block * self.shares[source] + int(ranks[place])
-        return Place(source, *sample_index(number, num_samples=self.lengths[source], seed=self.seed + source))
+        return Place(source, *self._orders[source].at(number))
+
+    @functools.cached_property
+    def _orders(self) -> tuple[Order, ...]:
+        return tuple(Order(length, seed=self.seed + source) for source, length in enumerate(self.lengths))
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from comet_megatron.data.documents import Document, DocumentSource, RawDocument
@@ -75,6 +76,7 @@ def prepare_data(
     output_dir: str | os.PathLike[str],
     settings: PrepareSettings,
     chat_template: str = "",
+    reserved: Mapping[int, str] = MappingProxyType({}),
     num_workers: int = 1,
     may_continue: bool = False,
     on_progress: ProgressReport | None = None,
@@ -88,6 +90,7 @@ def prepare_data(
     Args:
         documents: plain ones, or a DocumentSource, whose rows may be chats.
         chat_template: Jinja text instead of the tokenizer's own.
+        reserved: ids that no text may have, see DocumentTokeniser.
         num_workers: processes that tokenise; 1: this one.
         may_continue: keep what is finished after an error or an interruption, and take it up if it is there; do
             nothing if OUTPUT is finished with the same input and settings. Needs a DocumentSource.
@@ -108,6 +111,7 @@ def prepare_data(
         sequence_length=settings.sequence_length,
         min_tokens=settings.min_tokens,
         long=settings.long,
+        reserved=reserved,
     )
     made_from = {
         **asdict(settings),

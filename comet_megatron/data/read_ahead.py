@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from comet_megatron.data.training_data import TrainingData, TrainingSequence
-from comet_megatron.data.workers import end_with_parent
+from comet_megatron.data.workers import end_with_parent, spawn_pool
 from comet_megatron.errors import DataError
 
 BATCHES_AHEAD = 2  # per process
@@ -20,19 +19,27 @@ _data: TrainingData  # of a reading process, which exists for this alone
 
 @dataclass(frozen=True)
 class ReadSequence:
-    """What was found at a position: documents, or why they cannot be used."""
+    """What was found at a position: of each document its content, or why it cannot be used."""
 
     position: int
-    documents: tuple[TrainingSequence, ...] = ()
-    error: DataError | None = None
+    documents: tuple[TrainingSequence | DataError, ...]
+
+    @property
+    def errors(self) -> dict[tuple[int, int], DataError]:
+        """By position and number of the document."""
+        found = enumerate(self.documents)
+        return {(self.position, n): d for n, d in found if isinstance(d, DataError)}
 
 
-def read_sequence(data: TrainingData, position: int) -> ReadSequence:
-    """A sequence; what is wrong with its data is returned and not raised."""
-    try:
-        return ReadSequence(position, tuple(data.at(position)))
-    except DataError as error:
-        return ReadSequence(position, error=error)
+def read_sequence(position: int, readers: Iterable[Callable[[], TrainingSequence]]) -> ReadSequence:
+    """Read documents; what is wrong with one is returned and not raised."""
+    found: list[TrainingSequence | DataError] = []
+    for read in readers:
+        try:
+            found.append(read())
+        except DataError as error:
+            found.append(error)
+    return ReadSequence(position, tuple(found))
 
 
 class BatchReader:
@@ -50,18 +57,13 @@ class BatchReader:
         self._ahead: dict[int, Future[list[ReadSequence]]] = {}  # by step
 
     def read(self, step: int) -> list[ReadSequence]:
-        """The batch of a step; then those of the next ones are begun."""
+        """The batch of a step; then those of the next ones are begun. Where a process has died, its error."""
         positions = self.plan(step)
         assert positions is not None, step
         if not self.num_workers:
-            return [read_sequence(self.data, position) for position in positions]
+            return [read_sequence(position, self.data.readers_at(position)) for position in positions]
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.num_workers,
-                mp_context=multiprocessing.get_context("spawn"),  # a fork copies locks that other threads hold
-                initializer=_start,
-                initargs=(self.data,),
-            )
+            self._pool = spawn_pool(self.num_workers, _start, self.data)
         try:
             for ahead in range(step, step + 1 + BATCHES_AHEAD * self.num_workers):
                 if ahead not in self._ahead and (planned := self.plan(ahead)) is not None:
@@ -69,9 +71,10 @@ class BatchReader:
             return self._ahead.pop(step).result()
         except BrokenProcessPool:
             problem = DataError(
-                "a process that reads data died", way_out="there may be too little memory: data.workers=0"
+                "a process that reads data died",
+                way_out="there may be too little memory: set data.workers=0; --resume goes on from the last checkpoint",
             )
-            return [ReadSequence(position, error=problem) for position in positions]
+            return [ReadSequence(position, (problem,)) for position in positions]
 
     def close(self) -> None:
         """End the processes."""
@@ -91,4 +94,4 @@ def _start(data: TrainingData) -> None:
 
 
 def _read(positions: Sequence[int]) -> list[ReadSequence]:
-    return [read_sequence(_data, position) for position in positions]
+    return [read_sequence(position, _data.readers_at(position)) for position in positions]

@@ -24,7 +24,29 @@ def sample_index(position: int, *, num_samples: int, seed: int) -> tuple[int, in
         what = f"num_samples={num_samples}, seed={seed}, position={position}"
         raise ConfigError(f"the order of samples is not defined for {what}", way_out="use a seed of 0 or more")
     epoch, place = divmod(position, num_samples)
-    return epoch, int(_permutation(num_samples, seed, epoch)[place])
+    return epoch, int(_recent(num_samples, seed, epoch)[place])
+
+
+class Order:
+    """The order of one data set, as sample_index has it; the permutations of two epochs are kept.
+
+    Raises:
+        ConfigError: no samples, or a negative seed.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int) -> None:
+        sample_index(0, num_samples=num_samples, seed=seed)  # refuses what has no order
+        self.num_samples, self.seed = num_samples, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, number of the sample) at a position."""
+        epoch, place = divmod(position, self.num_samples)
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # a batch touches two epochs
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = _permutation(self.num_samples, self.seed, epoch)
+        return epoch, int(self._epochs[epoch][place])
 
 
 def plan_positions(step: int, *, global_batch_size: int, dp_rank: int, dp_size: int) -> range:
@@ -51,10 +73,12 @@ def plan_positions(step: int, *, global_batch_size: int, dp_rank: int, dp_size: 
     return range(first, first + local_batch_size)
 
 
-@functools.lru_cache(maxsize=4)  # a batch touches two epochs; train and eval have one order each
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [num_samples]. Of random bits, as numpy fixes those for all its versions, but not Generator.permutation."""
     keys = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(num_samples)
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order
+
+
+_recent = functools.lru_cache(maxsize=2)(_permutation)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from comet_megatron.data.storage import DataFolder, is_url, join, open_folder
-from comet_megatron.errors import DataError
+from comet_megatron.errors import DamagedSample, DataError
 
 FORMAT = "comet_megatron.shards"
 VERSION = 3  # 1 had no loss masks, 2 no checksum of the manifest
@@ -130,12 +130,12 @@ def ids_from_npy(payload: bytes, *, where: str) -> np.ndarray:
     """The token ids, int32 [tokens], of the content of a .npy file; writable.
 
     Raises:
-        DataError: damaged, or not such an array; `where` says of which sample.
+        DamagedSample: damaged, or not such an array; `where` says of which sample.
     """
     ids = _array_from_npy(payload, what="token ids", where=where)
     if ids.dtype != np.int32 or ids.ndim != 1:
         what = f"token ids must be int32 [tokens], not {ids.dtype} {list(ids.shape)}"
-        raise DataError(what, where=where, way_out=PREPARE_AGAIN)
+        raise DamagedSample(what, where=where, way_out=PREPARE_AGAIN)
     return ids
 
 
@@ -143,12 +143,12 @@ def mask_from_npy(payload: bytes, *, num_tokens: int, where: str) -> np.ndarray:
     """The loss mask, bool [num_tokens], of the content of a .npy file; writable.
 
     Raises:
-        DataError: damaged, or not such a mask; `where` says of which sample.
+        DamagedSample: damaged, or not such a mask; `where` says of which sample.
     """
     mask = _array_from_npy(payload, what="loss mask", where=where)
     if mask.dtype != np.uint8 or mask.shape != (num_tokens,) or (len(mask) and mask.max() > 1):
         what = f"the loss mask must be uint8 [{num_tokens}] of 0 and 1, not {mask.dtype} {list(mask.shape)}"
-        raise DataError(what, where=where, way_out=PREPARE_AGAIN)
+        raise DamagedSample(what, where=where, way_out=PREPARE_AGAIN)
     return mask.view(np.bool_)
 
 
@@ -157,7 +157,7 @@ def _array_from_npy(payload: bytes, *, what: str, where: str) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python, which fails in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"the {what} are damaged: {reason}", where=where, way_out=PREPARE_AGAIN) from error
+        raise DamagedSample(f"the {what} are damaged: {reason}", where=where, way_out=PREPARE_AGAIN) from error
 
 
 def manifest_text(values: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ def load_manifest(place: str | os.PathLike[str] | DataFolder) -> Manifest:
     """
     folder = _folder_of(place)
     path = join(folder.place, MANIFEST_NAME)
-    if MANIFEST_NAME not in folder.sizes():
+    if not folder.has(MANIFEST_NAME):
         raise _no_manifest(folder.place)
     content = folder.read(MANIFEST_NAME)
     try:
@@ -210,7 +210,7 @@ def has_shards(place: str) -> bool:
     Raises:
         DataError: it cannot be read.
     """
-    return MANIFEST_NAME in open_folder(place).sizes()
+    return open_folder(place).has(MANIFEST_NAME)
 
 
 def _folder_of(place: str | os.PathLike[str] | DataFolder) -> DataFolder:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import glob
 import os
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from comet_megatron.errors import DataError
 
-MAX_OPEN_FILES = 16
+MAX_OPEN_FILES = 64
+RETRY_AFTER_S = (1.0, 5.0)
+_PATTERN_CHARACTERS = frozenset("*?[")
 CHECK_PLACE = "check the path, and that this machine may read it"
 
 
 class DataFolder(Protocol):
-    """What reading needs of a folder. May be pickled, and used by several threads and by forked processes.
+    """What reading needs of a folder. May be pickled, and used by several threads.
 
     Attributes:
         place: as the user wrote it.
@@ -29,6 +32,9 @@ class DataFolder(Protocol):
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file in it; of a folder that is not there, none."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
 
     def read(self, name: str) -> bytes:
         """A whole file."""
@@ -53,18 +59,47 @@ def open_folder(place: str | os.PathLike[str]) -> DataFolder:
     return RemoteFolder(str(place)) if is_url(place) else LocalFolder(place)
 
 
+def is_pattern(place: str) -> bool:
+    """Whether it has one of * ? ["""
+    return bool(_PATTERN_CHARACTERS & set(place))
+
+
 def join(place: str, name: str) -> str:
     """A file or folder in it."""
     return f"{place.rstrip('/')}/{name}" if is_url(place) else str(Path(place) / name)
 
 
+class _OpenFiles:
+    """Files of this process that stay open for the next read: at most MAX_OPEN_FILES, of all folders together."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()  # path → file descriptor, last used at the end
+        self._lock = threading.Lock()
+
+    def read_at(self, path: str, offset: int, size: int) -> bytes:
+        with self._lock:  # so that no other thread closes the file between finding and reading it
+            if path not in self._open:
+                while len(self._open) >= MAX_OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+                self._open[path] = os.open(path, os.O_RDONLY)
+            self._open.move_to_end(path)
+            return os.pread(self._open[path], size, offset)
+
+    def close(self, folder: str) -> None:
+        """Those of one folder."""
+        with self._lock:
+            for path in [path for path in self._open if os.path.dirname(path) == folder]:
+                os.close(self._open.pop(path))
+
+
+_open_files = _OpenFiles()  # descriptors are a process's, however many folders it reads
+
+
 class LocalFolder:
-    """A folder on this machine's file systems; at most MAX_OPEN_FILES of its files are open at a time."""
+    """A folder on this machine's file systems."""
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         self.place = str(place)
-        self._open: OrderedDict[str, int] = OrderedDict()  # name → file descriptor, last used at the end
-        self._lock = threading.Lock()
 
     def sizes(self) -> dict[str, int]:
         try:
@@ -72,7 +107,10 @@ class LocalFolder:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
-            raise DataError(f"the data folder cannot be read: {error.strerror}", where=self.place) from error
+            raise _cannot_read(self.place, error.strerror or str(error)) from error
+
+    def has(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(self.place, name))
 
     def read(self, name: str) -> bytes:
         try:
@@ -81,35 +119,17 @@ class LocalFolder:
             raise _cannot_read(join(self.place, name), error.strerror or str(error)) from error
 
     def read_at(self, name: str, offset: int, size: int) -> bytes:
-        with self._lock:  # so that no other thread closes the file between finding and reading it
-            try:
-                if name not in self._open:
-                    if len(self._open) >= MAX_OPEN_FILES:
-                        os.close(self._open.popitem(last=False)[1])
-                    self._open[name] = os.open(Path(self.place) / name, os.O_RDONLY)
-                self._open.move_to_end(name)
-                return os.pread(self._open[name], size, offset)
-            except OSError as error:
-                raise _cannot_read(join(self.place, name), error.strerror or str(error)) from error
+        try:
+            return _open_files.read_at(os.path.join(self.place, name), offset, size)
+        except OSError as error:
+            raise _cannot_read(join(self.place, name), error.strerror or str(error)) from error
 
     def close(self) -> None:
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: file descriptors and locks belong to a process."""
-        return {"place": self.place}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["place"])  # type: ignore[misc]
-
-    def __del__(self) -> None:
-        self.close()
+        _open_files.close(self.place)
 
 
 class RemoteFolder:
-    """A folder behind a URL. Each read is one request for a stretch of bytes."""
+    """A folder behind a URL. Each read is one request for a stretch of bytes, made again if the network fails."""
 
     def __init__(self, place: str) -> None:
         import fsspec.core  # not loaded where all data is local
@@ -126,12 +146,21 @@ class RemoteFolder:
 
     def sizes(self) -> dict[str, int]:
         try:
-            entries = self._files.ls(self._root, detail=True, refresh=True)
+            self._files.invalidate_cache(self._root)
+            entries = [e for e in self._files.ls(self._root, detail=True) if e["type"] == "file"]
+            sizes = [e["size"] if e["size"] is not None else self._files.size(e["name"]) for e in entries]
         except FileNotFoundError:
             return {}
         except Exception as error:
             raise _cannot_read(self.place, _reason(error)) from error
-        return {e["name"].rstrip("/").rpartition("/")[2]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+        names = [e["name"].rstrip("/").rpartition("/")[2] for e in entries]
+        return {name: int(size or 0) for name, size in zip(names, sizes, strict=True)}
+
+    def has(self, name: str) -> bool:
+        try:
+            return self._files.isfile(f"{self._root.rstrip('/')}/{name}")
+        except Exception as error:
+            raise _cannot_read(self.place, _reason(error)) from error
 
     def read(self, name: str) -> bytes:
         return self._request(name, None, None)
@@ -140,10 +169,14 @@ class RemoteFolder:
         return self._request(name, offset, offset + size)
 
     def _request(self, name: str, start: int | None, end: int | None) -> bytes:
-        try:
-            return self._files.cat_file(f"{self._root.rstrip('/')}/{name}", start=start, end=end)
-        except Exception as error:  # each protocol has errors of its own
-            raise _cannot_read(join(self.place, name), _reason(error)) from error
+        for pause_s in (*RETRY_AFTER_S, None):
+            try:
+                return self._files.cat_file(f"{self._root.rstrip('/')}/{name}", start=start, end=end)
+            except Exception as error:  # each protocol has errors of its own
+                if pause_s is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise _cannot_read(join(self.place, name), _reason(error)) from error
+                time.sleep(pause_s)
+        raise AssertionError
 
     def match(self) -> list[str]:
         """URLs that this folder's matches as a pattern, sorted."""
@@ -163,8 +196,10 @@ def find_places(pattern: str) -> list[str]:
         DataError: a URL that cannot be read.
     """
     if not is_url(pattern):
-        return sorted(glob.glob(pattern))
+        return sorted(glob.glob(pattern, recursive=True))
     chain, colons, last = pattern.rpartition("::")
+    if is_pattern(chain):
+        raise DataError("a pattern can only be in the last part of a chain of URLs", where=pattern, way_out=CHECK_PLACE)
     return [f"{chain}{colons}{place}" for place in RemoteFolder(last).match()]
 
 

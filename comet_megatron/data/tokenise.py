@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class DocumentTokeniser:
         chat_template: Jinja text instead of the tokenizer's own; "" for its own.
         sequence_length: tokens of the longest sample.
         min_tokens: shorter samples are dropped.
+        reserved: ids of tokens that are no text, and what they are called; a document with one of them is bad.
         long: one of LONG_CHOICES, what to do with longer documents; "auto" splits texts, and truncates chats at the
             left, since their last replies are the ones with the most before them.
 
@@ -65,11 +67,20 @@ class DocumentTokeniser:
         ConfigError: as ChatEncoder.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: str, sequence_length: int, min_tokens: int, long: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str,
+        sequence_length: int,
+        min_tokens: int,
+        long: str,
+        reserved: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self.tokenizer = tokenizer
         self.encoder = ChatEncoder(tokenizer, chat_template=chat_template or None)
         self.sequence_length, self.min_tokens, self.long = sequence_length, min_tokens, long
-        self.vocab_size = len(tokenizer)
+        self.vocab_size, self.reserved = len(tokenizer), dict(reserved)
 
     def __call__(self, raw: RawDocument) -> Tokenised:
         """
@@ -113,6 +124,10 @@ class DocumentTokeniser:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", where=where)
+        if self.reserved and (found := np.isin(ids, list(self.reserved))).any():
+            name = self.reserved[int(ids[found][0])]
+            what = f"the text spells {name}, a token that stands for the memory's slots and beacons"
+            raise DataError(what, where=where, way_out="write it in another way")
         return ids, mask
 
     def _cut(self, ids: np.ndarray, mask: np.ndarray | None) -> tuple[list[Piece], int]:

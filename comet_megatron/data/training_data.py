@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from comet_megatron.chunking import next_token_labels
 from comet_megatron.data.cuts import CutPlan
 from comet_megatron.data.dataset import Samples
-from comet_megatron.data.mixture import Mixture
+from comet_megatron.data.mixture import BLOCK, Mixture
 from comet_megatron.data.packing import Packs
 
 
@@ -67,7 +68,7 @@ class TrainingData:
         cuts: CutPlan | None = None,
         pack_tokens: int = 0,
     ) -> None:
-        self.datasets, self.seed, self.pack_tokens = tuple(datasets), seed, pack_tokens
+        self.datasets, self.pack_tokens = tuple(datasets), pack_tokens
         self.packs = [Packs(d.lengths, limit=pack_tokens, seed=seed) for d in datasets] if pack_tokens else None
         self.mixture = Mixture(tuple(len(d) for d in self.packs or datasets), tuple(weights), seed)
         self.cuts = None if cuts is None or cuts.is_fixed else cuts
@@ -108,9 +109,8 @@ class TrainingData:
         """Where it lies, for the user."""
         if len(self.datasets) == 1:
             return self.datasets[0].place
-        total = sum(self.mixture.weights)
-        parts = zip(self.datasets, self.mixture.weights, strict=True)
-        return " + ".join(f"{weight / total:.1%} {dataset.place}" for dataset, weight in parts)
+        parts = zip(self.datasets, self.mixture.shares, strict=True)
+        return " + ".join(f"{share / BLOCK:.2%} {dataset.place}" for dataset, share in parts)
 
     def at(self, position: int) -> list[TrainingSequence]:
         """The documents of the sequence at a position, counted since the start of training over all ranks.
@@ -118,7 +118,11 @@ class TrainingData:
         Raises:
             DataError: a shard is damaged.
         """
-        return [self._read(place) for place in self._places(position)]
+        return [read() for read in self.readers_at(position)]
+
+    def readers_at(self, position: int) -> list[Callable[[], TrainingSequence]]:
+        """One for each of those documents, to be read one by one: another may be damaged."""
+        return [partial(self._read, place) for place in self._places(position)]
 
     def lengths_at(self, position: int) -> list[int]:
         """Tokens of those documents; nothing is read."""

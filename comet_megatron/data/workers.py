@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -37,12 +37,7 @@ def tokenise_all(
     if num_workers == 1:
         yield from map(tokenise, documents)
         return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork copies locks that other threads hold
-        initializer=_start,
-        initargs=(tokenise,),
-    )
+    pool = spawn_pool(num_workers, _start, tokenise)
     pending: deque[Future[list[Tokenised]]] = deque()
     try:
         for batch in _batches(documents):
@@ -80,6 +75,12 @@ def _start(tokenise: DocumentTokeniser) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is all there is
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+
+
+def spawn_pool(num_workers: int, start: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
+    """Processes that begin with `start(*arguments)`."""
+    context = multiprocessing.get_context("spawn")  # a fork copies locks that other threads hold
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=start, initargs=arguments)
 
 
 def end_with_parent() -> None:

@@ -3,8 +3,8 @@
 Settings, by environment:
   CONFIG  recipe, a YAML file (examples/configs/comet_128k.yaml: the paper's; tiny_128k.yaml: on CPU)
   MODEL   Hugging Face folder, or a checkpoint of this project, which keeps its own memory sizes
-  DATA    text, .jsonl, a folder of them, shards of tools/prepare_data.py or their URL, [[A, 0.7], [B, 0.3]] of
-          such places with weights, or the word python-stdlib
+  DATA    text, .jsonl, a folder of them, shards of tools/prepare_data.py or their URL, the word
+          python-stdlib, or [[A, 0.7], [B, 0.3]]: shards or .jsonl with weights
   OUTPUT  folder: start/, data/ and train/; with several machines on a file system that all of them share
   TP, PP  tensor-parallel size, pipeline stages; data parallelism takes the rest of the processes
 """
@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from comet_megatron.data.storage import is_url
-from comet_megatron.errors import USER_ERROR_EXIT_CODE, CometError, OutputError, report_user_errors
+from comet_megatron.errors import USER_ERROR_EXIT_CODE, CometError, report_user_errors
 from comet_megatron.launch.order import Order
 from comet_megatron.launch.plan import Plan, make_plan, override
 from comet_megatron.launch.prepare import describe_data, make_data, make_start, tokenizer_of
 from comet_megatron.launch.requirements import check_gpus
 from comet_megatron.launch.sources import is_list
-from comet_megatron.parallel.hand_over import HandOver
+from comet_megatron.parallel.hand_over import HandOver, await_folders
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.train.continuation import AUTO, LAST, NO
 from comet_megatron.train.main import resume_as_one
-
-FILE_SYSTEM_DELAY_S = 90  # a shared file system may show a new folder so much later
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -94,12 +90,13 @@ def _prepare(plan: Plan) -> Order:
     if held_out is not None:
         evaluation = [override("data.eval", held_out)]
     elif is_asked and not any(text.startswith("data.eval=") for text in plan.overrides):
-        print("data       no document fell into the held-out part: there is no evaluation", flush=True)
+        print("data       there are no held-out documents (data.eval): there is no evaluation", flush=True)
         evaluation = ["train.eval_every=0"]
     arguments = [
         *([f"--resume={plan.resume}"] if plan.resume != NO else []),
         override("model.path", start),
         f"data.train={train}" if is_list(train) else override("data.train", train),
+        f"data.sequence_length={plan.file.recipe.sequence_length}",  # of JSONL in a list
         *evaluation,
         override("train.output", plan.output / "train"),
         f"parallel.tp={plan.tp}",
@@ -109,7 +106,7 @@ def _prepare(plan: Plan) -> Order:
     return Order(
         config=str(plan.file.path),
         arguments=tuple(arguments),
-        folders=(str(start), *([] if is_list(train) or is_url(train) else [train]), str(plan.file.path)),
+        folders=(str(start), *(plan.data.folders or [train]), str(plan.file.path)),
         needs_gpu=plan.file.recipe.needs_gpu,
     )
 
@@ -138,14 +135,7 @@ def _check_this_machine(order: Order, process: ProcessRank) -> None:
     Raises:
         CometError: this machine does not see what process 0 prepared, or has too few GPUs.
     """
-    end = time.monotonic() + FILE_SYSTEM_DELAY_S
-    while missing := [folder for folder in order.folders if not Path(folder).exists()]:
-        if time.monotonic() > end:
-            raise OutputError(
-                f"this machine does not see {missing[0]}, which process 0 uses",
-                way_out="CONFIG, MODEL, DATA and OUTPUT must be on a file system that all machines share",
-            )
-        time.sleep(1)
+    await_folders(order.folders, settings="CONFIG, MODEL, DATA and OUTPUT")
     if order.needs_gpu and (problems := check_gpus(process)):
         raise problems[0]
 

@@ -122,7 +122,7 @@ class _Planner:
         tp, pp = self._layout(model)
         if file.recipe.needs_gpu:
             self._check_gpus(file.recipe, model, max(tp, 1), max(pp, 1))
-        loaded = self._attempt(load_config, file.path, self._arguments(file, model, output, tp, pp))
+        loaded = self._attempt(load_config, file.path, self._arguments(file, model, data, output, tp, pp))
         if loaded is not None:
             self._check_run(output, Path(loaded.config.train.output))
             self._check_training(loaded, file, model, has_layout=tp > 0 and pp > 0)
@@ -205,12 +205,15 @@ class _Planner:
         tiny = shown(self.repository / TINY)
         self.problems += check_gpus(self.process, advice=advise(parameters, chunks=chunks, tiny=tiny))
 
-    def _arguments(self, file: RecipeFile, model: ModelSource | None, output: Path, tp: int, pp: int) -> list[str]:
+    def _arguments(
+        self, file: RecipeFile, model: ModelSource | None, data: DataSource | None, output: Path, tp: int, pp: int
+    ) -> list[str]:
         """What the train command will be given, as far as it is known before anything is prepared."""
+        listed = data is not None and data.train is not None and is_list(data.train)
         is_checkpoint = model is not None and model.kind == "checkpoint"
         return [
             override("model.path", model.path if is_checkpoint else start_folder(output)),
-            override("data.train", data_folder(output)),
+            f"data.train={data.train}" if listed else override("data.train", data_folder(output)),
             override("data.eval", data_folder(output)),
             override("train.output", output / "train"),
             *([f"parallel.tp={tp}", f"parallel.pp={pp}"] if tp and pp else []),

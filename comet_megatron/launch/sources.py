@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from comet_megatron.checkpoint.families import is_comet
 from comet_megatron.checkpoint.model_folder import read_description
 from comet_megatron.config.rules import check_architecture, require
@@ -19,7 +21,7 @@ from comet_megatron.data.documents import (
 )
 from comet_megatron.data.shards import has_shards
 from comet_megatron.data.sources import EVAL, TRAIN, find_source
-from comet_megatron.data.storage import is_url, join
+from comet_megatron.data.storage import is_pattern, is_url, join
 from comet_megatron.errors import CheckpointError, DataError
 from comet_megatron.launch.recipe import Recipe
 from comet_megatron.launch.settings import shown
@@ -50,10 +52,12 @@ class DataSource:
 
     Attributes:
         train: as the train command takes it: a place, or a list of places with weights.
+        folders: of shards, that every machine must see.
     """
 
     train: str | None = None
     eval: str | None = None
+    folders: tuple[str, ...] = ()
     texts: DocumentSource | None = None
     is_joined: bool = False  # all texts make one document
 
@@ -156,12 +160,11 @@ def find_data(data: str, path: Path, recipe: Recipe) -> DataSource:
     if data == PYTHON_STDLIB:
         return DataSource(texts=python_stdlib_files(), is_joined=True)
     if is_list(data):
-        return DataSource(train=data)  # the train command finds what is wrong with it
-    place = data if is_url(data) else str(path)
-    if is_url(data) or has_shards(place) or has_shards(join(place, TRAIN)):
-        (train,) = find_source(place, part=TRAIN, key="DATA").shards
-        held_out = join(place, EVAL)
-        return DataSource(train=train, eval=held_out if train != place and has_shards(held_out) else None)
+        found = [find_source(place, part=TRAIN, key="DATA") for place in _places_in(data)]
+        folders = [folder for source in found for folder in source.shards if not is_url(folder)]
+        return DataSource(train=data, folders=tuple(folders))
+    if (shards := _find_shards(data if is_url(data) else str(path))) is not None:
+        return shards
     try:
         return DataSource(texts=find_documents([str(path)]))
     except DataError as error:
@@ -176,6 +179,39 @@ def find_data(data: str, path: Path, recipe: Recipe) -> DataSource:
             "  to shards that tools/prepare_data.py made; a document fills a sequence if it has "
             f"{recipe.sequence_length:,} tokens or more,\n  shorter ones are not joined",
         ) from error
+
+
+def _places_in(data: str) -> list[str]:
+    """Of a list; weights are the train command's."""
+    try:
+        items = yaml.safe_load(data)
+        return [item if isinstance(item, str) else str(item[0]) for item in items]
+    except (yaml.YAMLError, TypeError, IndexError, KeyError) as error:
+        what = f"DATA={data} is no list of places with weights"
+        raise DataError(what, way_out="write it as [[A, 0.7], [B, 0.3]]") from error
+
+
+def _find_shards(place: str) -> DataSource | None:
+    """A folder of shards, an output of prepare_data, a pattern or a URL of such; None: it is something else.
+
+    Raises:
+        DataError: a URL without shards.
+    """
+    if not is_url(place) and not is_pattern(place) and not has_shards(place) and not has_shards(join(place, TRAIN)):
+        return None
+    try:
+        shards = find_source(place, part=TRAIN, key="DATA").shards
+    except DataError:
+        if is_url(place):
+            raise
+        return None  # a pattern that matches texts
+    if not shards:
+        return None
+    folders = tuple(folder for folder in shards if not is_url(folder))
+    if shards != (join(place, TRAIN),):
+        return DataSource(train=place, folders=folders)
+    held_out = join(place, EVAL)
+    return DataSource(train=shards[0], eval=held_out if has_shards(held_out) else None, folders=folders)
 
 
 class JoinedDocuments:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from comet_megatron.backend.quiet import quiet_libraries
-from comet_megatron.errors import ConfigError, PeerError
+from comet_megatron.errors import ConfigError, OutputError, PeerError
 from comet_megatron.parallel.process import store_generation
 
 CONNECT_TIMEOUT_S = 600
 LOOK_EVERY_S = 0.5
 TELL_EVERY_S = 60
+FILE_SYSTEM_DELAY_S = 90
 
 
 class HandOver:
     """Connects to the store of this launch. Made by every process, with several processes only.
+
+    To be kept until the run's process group is there: without torchrun's own store the first process may hold it.
 
     Args:
         subject: what is handed over; another one for each hand-over of a launch.
@@ -64,11 +69,40 @@ class HandOver:
         except RuntimeError as error:
             raise PeerError("the process that prepares the run is gone", way_out="its own messages say why") from error
 
-    def take_back(self, *, readers: int) -> None:
-        """Every process, after `tell`, `give_up` or `wait`: clear the store when the last of `readers` is here."""
-        if self._store.add(f"{self._key}/readers", 1) == readers:
-            self._store.delete_key(self._key)
-            self._store.delete_key(f"{self._key}/readers")
+    def take_back(self, *, readers: int, wait_s: float = 0.0) -> None:
+        """Every process, after `tell`, `give_up` or `wait`: clear the store when the last of `readers` is here.
+
+        Args:
+            wait_s: for the others, before this process ends and the store with it.
+        """
+        with suppress(RuntimeError):  # the process that holds the store is gone, and nobody needs it any more
+            count = self._store.add(f"{self._key}/readers", 1)
+            end = time.monotonic() + wait_s
+            while 0 < count < readers and time.monotonic() < end:  # 0: the last one has cleared it
+                time.sleep(LOOK_EVERY_S)
+                count = self._store.add(f"{self._key}/readers", 0)
+            if count == readers:
+                self._store.delete_key(self._key)
+                self._store.delete_key(f"{self._key}/readers")
+
+
+def await_folders(folders: Sequence[str], *, settings: str) -> None:
+    """Return when this machine sees them: a shared file system may show a new folder a while after it was made.
+
+    Args:
+        settings: what lies on that file system, for the message.
+
+    Raises:
+        OutputError: it does not see one of them.
+    """
+    end = time.monotonic() + FILE_SYSTEM_DELAY_S
+    while missing := [folder for folder in folders if not Path(folder).exists()]:
+        if time.monotonic() > end:
+            raise OutputError(
+                f"this machine does not see {missing[0]}, which process 0 uses",
+                way_out=f"{settings} must be on a file system that all machines share",
+            )
+        time.sleep(1)
 
 
 def _store_of_this_launch() -> Any:

@@ -108,7 +108,6 @@ def _work(connection: Connection, rank: int, world_size: int, store: str) -> Non
 
     from comet_megatron.backend.device import select_device
 
-    torch.set_num_threads(1)
     select_device(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     process = ProcessRank(rank, world_size, rank, world_size)
@@ -119,6 +118,7 @@ def _work(connection: Connection, rank: int, world_size: int, store: str) -> Non
             file, name, arguments = connection.recv()
         except EOFError:
             return
+        torch.set_num_threads(1)  # a command may have set more, which changes the last bits of what comes after it
         try:
             connection.send((False, getattr(_load(file), name)(process, *arguments)))
         except BaseException:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from comet_megatron.checkpoint.start import Start
 from comet_megatron.config.schema import Config
 from comet_megatron.data.cuts import CutPlan, parse_ways, sentence_end_ids
 from comet_megatron.data.dataset import Samples, ShardDataset, joined
-from comet_megatron.data.first_use import prepare_source, prepared_folder, shards_in
-from comet_megatron.data.prepare import PrepareSettings
+from comet_megatron.data.first_use import prepare_source, prepared_folder, settings_of, shards_in
 from comet_megatron.data.sources import EVAL, TRAIN, Source, find_source
 from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.data.training_data import TrainingData
 from comet_megatron.errors import DataError
-from comet_megatron.parallel.hand_over import HandOver
+from comet_megatron.parallel.hand_over import HandOver, await_folders
 from comet_megatron.parallel.process import ProcessRank
+
+
+@dataclass(frozen=True)
+class RunSources:
+    """What a configuration names, as it was found."""
+
+    train: tuple[Source, ...]
+    held_out: Source | None
+
+    @property
+    def all(self) -> tuple[Source, ...]:
+        return (*self.train, *([self.held_out] if self.held_out else []))
+
+    @property
+    def have_texts(self) -> bool:
+        """Shards have to be there or to be made before they can be opened."""
+        return any(source.texts is not None for source in self.all)
 
 
 @dataclass(frozen=True)
@@ -28,15 +43,32 @@ class RunData:
     Attributes:
         held_out: None: no evaluation.
         workers: processes of each rank that read ahead.
+        bad_rows: of JSONL, that were left out; known to the first process.
     """
 
     train: TrainingData
     held_out: Samples | None
     workers: int = 0
+    bad_rows: int = 0
 
 
-def open_data(config: Config, start: Start, process: ProcessRank) -> RunData:
+def find_data(config: Config) -> RunSources:
+    """
+    Raises:
+        DataError: a place holds no data.
+    """
+    train = [find_source(place, part=TRAIN, key="data.train", weight=w) for place, w in config.data.sources]
+    evaluates = config.data.eval and config.train.eval_every
+    return RunSources(tuple(train), find_source(config.data.eval, part=EVAL, key="data.eval") if evaluates else None)
+
+
+def open_data(
+    config: Config, start: Start, sources: RunSources, process: ProcessRank, hand_over: HandOver | None
+) -> RunData:
     """Training and held-out data; JSONL is made into shards by the first process, for which the others wait.
+
+    Args:
+        hand_over: where there are texts and several processes.
 
     Raises:
         DataError: missing or damaged data, or shards made with another tokenizer than the model's.
@@ -44,24 +76,21 @@ def open_data(config: Config, start: Start, process: ProcessRank) -> RunData:
         PeerError: the process that prepares is gone.
     """
     cuts = plan_cuts(config, start)
-    train = [find_source(place, part=TRAIN, key="data.train", weight=w) for place, w in config.data.sources]
-    held_out = []
-    if config.data.eval and config.train.eval_every:
-        held_out = [find_source(config.data.eval, part=EVAL, key="data.eval")]
-    folders = _prepare_together([*train, *held_out], config, start, process)
+    folders, bad_rows = _prepare_together(sources.all, config, start, process, hand_over)
     workers = config.data.workers
     if workers == "auto":
-        workers = int(any(source.is_remote for source in train))
+        workers = int(any(source.is_remote for source in sources.train))
     return RunData(
         TrainingData(
-            [_open(source, folders, start) for source in train],
-            weights=[source.weight for source in train],
+            [_open(source, folders, start) for source in sources.train],
+            weights=[source.weight for source in sources.train],
             seed=config.data.seed,
             cuts=cuts,
             pack_tokens=config.data.pack_tokens,
         ),
-        _open(held_out[0], folders, start) if held_out else None,
+        _open(sources.held_out, folders, start) if sources.held_out else None,
         int(workers),
+        bad_rows,
     )
 
 
@@ -73,46 +102,40 @@ def _open(source: Source, folders: dict[Source, str], start: Start) -> Samples:
 
 
 def _prepare_together(
-    sources: Sequence[Source], config: Config, start: Start, process: ProcessRank
-) -> dict[Source, str]:
-    """The folders of shards of all sources that are texts, made where they are not there yet."""
+    sources: Sequence[Source], config: Config, start: Start, process: ProcessRank, hand_over: HandOver | None
+) -> tuple[dict[Source, str], int]:
+    """The folders of shards of all sources that are texts, made where they are not there yet; bad rows left out."""
     texts = [source for source in sources if source.texts is not None]
     if not texts:
-        return {}
-    tokenizer = load_tokenizer(start.tokenizer)
-    settings = PrepareSettings(
-        sequence_length=config.data.sequence_length, eval_fraction=0, on_bad_sample=config.data.on_bad_sample
-    )
-    run = Path(config.train.output)
-    folders = {s: prepared_folder(s, run=run, tokenizer=tokenizer, settings=settings) for s in texts}
-
-    def prepare() -> None:
-        for source, folder in folders.items():
-            prepare_source(source, folder, tokenizer=tokenizer, settings=settings, say=_say)
-
-    if process.world_size == 1:
-        prepare()
-    else:
-        _by_the_first(prepare, process)
-    return {source: shards_in(folder) for source, folder in folders.items()}
-
-
-def _by_the_first(prepare: Callable[[], None], process: ProcessRank) -> None:
-    """Let the first process do it while the others wait."""
-    hand_over = HandOver("data")
-    try:
-        if process.rank > 0:
+        return {}, 0
+    tokenizer, settings = load_tokenizer(start.tokenizer), settings_of(config.data)
+    reserved = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in start.description.memory.memory_ids}
+    folders = {s: prepared_folder(s, run=config.train.output, tokenizer=tokenizer, settings=settings) for s in texts}
+    if hand_over is not None and process.rank > 0:
+        try:
             if hand_over.wait(lambda text: None, what_for="process 0, which prepares data") is None:
                 raise DataError("process 0 could not prepare the data", way_out="its message says why")
-            return
-        try:
-            prepare()
-        except BaseException:
+        finally:
+            hand_over.take_back(readers=process.world_size)
+        await_folders(
+            [str(folder) for folder in folders.values()], settings="data.train and the parent of train.output"
+        )
+        return {source: shards_in(folder) for source, folder in folders.items()}, 0
+    bad_rows = 0
+    try:
+        for source, folder in folders.items():
+            bad_rows += prepare_source(
+                source, folder, tokenizer=tokenizer, settings=settings, reserved=reserved, say=_say
+            )
+    except BaseException:
+        if hand_over is not None:
             hand_over.give_up()
-            raise
+            hand_over.take_back(readers=process.world_size, wait_s=10)
+        raise
+    if hand_over is not None:
         hand_over.tell(True)
-    finally:
         hand_over.take_back(readers=process.world_size)
+    return {source: shards_in(folder) for source, folder in folders.items()}, bad_rows
 
 
 def _say(text: str) -> None:

@@ -23,6 +23,7 @@ from comet_megatron.config.load import LoadedConfig, load_config, save_config
 from comet_megatron.config.rules import check_config, check_layout, check_start, require
 from comet_megatron.config.schema import Config
 from comet_megatron.errors import CometError, report_user_errors
+from comet_megatron.parallel.hand_over import HandOver
 from comet_megatron.parallel.process import ProcessRank
 from comet_megatron.train.continuation import (
     AUTO,
@@ -32,7 +33,7 @@ from comet_megatron.train.continuation import (
     plan_continuation,
     restarts_by_torchrun,
 )
-from comet_megatron.train.data import open_data
+from comet_megatron.train.data import find_data, open_data
 from comet_megatron.train.same_run import check_same_data, check_same_run
 
 
@@ -78,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, plan = check_before_start(loaded, process, resume=given.resume, fresh=given.fresh)
     if plan.newest is not None and given.resume == AUTO and _is_over(plan.newest, loaded.config, process):
         return 0
-    data = open_data(loaded.config, start, process)
+    sources = find_data(loaded.config)
+    # Kept to the end: without torchrun's store the first process holds it, for the process group too.
+    hand_over = HandOver("data") if sources.have_texts and process.world_size > 1 else None
+    data = open_data(loaded.config, start, sources, process, hand_over)
     if plan.newest is not None:
         check_same_data(plan.newest, loaded.config, data.train)
     quiet_libraries()

@@ -17,12 +17,14 @@ class RunStart:
         steps: at the end of the run.
         steps_done: by the run that this one continues; 0 for a new one.
         summary: lines for the user: model, layout, data.
+        bad_rows: of JSONL, that were left out when it was prepared.
     """
 
     folder: Path
     steps: int
     steps_done: int
     summary: tuple[str, ...]
+    bad_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from comet_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from comet_megatron.data.training_data import TrainingData
 from comet_megatron.errors import CheckpointError, CometError, ConfigError, DataError
 
-_SETTINGS = ("chunks", "max_stride", "pack_tokens")  # of the section data, that decide what a step reads
+_SETTINGS = ("chunks", "max_stride", "pack_tokens", "sequence_length")  # of the section data, for what a step reads
 
 
 def check_same_run(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,10 @@ from comet_megatron.checkpoint.model_folder import ModelDescription, Progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
 from comet_megatron.checkpoint.saving import Contents
 from comet_megatron.config.schema import Config
-from comet_megatron.data.dataset import Samples
-from comet_megatron.data.read_ahead import BatchReader, ReadSequence
+from comet_megatron.data.read_ahead import BatchReader, ReadSequence, read_sequence
 from comet_megatron.data.sampler import plan_positions
 from comet_megatron.data.training_data import TrainingSequence, sequence_of
-from comet_megatron.errors import CometError, DataError, PeerError, TrainingError
+from comet_megatron.errors import CometError, DamagedSample, DataError, PeerError, TrainingError
 from comet_megatron.model.stage import CometStage
 from comet_megatron.parallel.activity import Activity
 from comet_megatron.parallel.executor import BackwardSettings
@@ -106,7 +106,8 @@ class Trainer:
         saver = Saver(folder, self.stage, self.optimizer, self.layout, train, self._tell)
         reader = BatchReader(self.data.train, self._positions, num_workers=self.data.workers)
         try:
-            self._tell("on_start", RunStart(folder, train.steps, self.progress.step, tuple(summary)))
+            start = RunStart(folder, train.steps, self.progress.step, tuple(summary), self.data.bad_rows)
+            self._tell("on_start", start)
             if self.progress.step == 0 and train.eval_every:
                 self._evaluate(0)
             try:
@@ -160,7 +161,9 @@ class Trainer:
         with self.activity.phase("reading the batch"):
             batch = reader.read(step - 1)
             reading_s = time.perf_counter() - started
-            sequences = self._usable(batch, step, of_all=self.config.train.global_batch_size)
+            sequences, errors = self._usable(batch, f"step {step}")
+        if errors:
+            self._leave_out(errors, step)
         self.schedule.step(increment=1)
         records = self.config.profile.timeline and step == self.config.profile.timeline_step
         since = None
@@ -225,39 +228,59 @@ class Trainer:
         self.progress = replace(progress, step=step, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
         self._tell("on_skip", SkipRecord(step, error.what, in_a_row, self.progress.skipped))
 
-    def _usable(self, batch: Sequence[ReadSequence], step: int, *, of_all: int) -> list[TrainingSequence]:
-        """The documents of this rank's batch. What one rank cannot read, no rank uses. Communicates on the world.
+    def _usable(self, batch: Sequence[ReadSequence], where: str) -> tuple[list[TrainingSequence], list[DataError]]:
+        """The documents of this rank's batch, and the errors of those of all ranks that are left out.
+
+        What one rank cannot read, no rank uses. Communicates on the world.
 
         Args:
-            of_all: sequences of the batch over all ranks.
+            where: the step or evaluation, for messages.
 
         Raises:
-            DataError: on all ranks: samples are damaged and data.on_bad_sample=stop, or none is left.
+            DataError: on all ranks: data.on_bad_sample=stop, or what is wrong is no damage and may be gone at the next
+                try, or no document is left.
         """
-        bad: dict[int, DataError] = {read.position: read.error for read in batch if read.error is not None}
+        bad = {at: error for read in batch for at, error in read.errors.items()}
         failed = torch.tensor(len(bad), device=self.layout.device.torch_device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if int(failed):
-            found: list[dict[int, DataError]] = [{}] * self.layout.world_size
-            dist.all_gather_object(found, bad)
-            bad = {position: error for one in found for position, error in one.items()}
-            if self.config.data.on_bad_sample == "stop":
-                error = bad[min(bad)]
-                advice = "to leave damaged samples out and list them in the log: data.on_bad_sample=skip"
-                way_out = "\n  ".join(filter(None, (error.way_out, advice)))
-                raise DataError(error.what, where=error.where, way_out=way_out)
-            if len(bad) == of_all:
-                raise DataError(f"no sample of step {step} can be used; the first: {bad[min(bad)]}")
-            in_all = self.progress.bad_samples + len(bad)
-            self.progress = replace(self.progress, bad_samples=in_all)
-            self._tell("on_bad_samples", BadSamples(step, tuple(str(bad[p]) for p in sorted(bad)), in_all))
-        return [document for read in batch if read.position not in bad for document in read.documents]
+            own = (bad, {read.position: len(read.documents) for read in batch})
+            found: list[tuple[dict[tuple[int, int], DataError], dict[int, int]]] = [own] * self.layout.world_size
+            dist.all_gather_object(found, own)
+            bad = {at: error for errors, _ in found for at, error in errors.items()}
+            counts = {position: count for _, of_rank in found for position, count in of_rank.items()}
+            self._check_may_skip([bad[at] for at in sorted(bad)], where, num_documents=sum(counts.values()))
+        numbered = [((read.position, n), d) for read in batch for n, d in enumerate(read.documents)]
+        usable = [d for at, d in numbered if at not in bad and isinstance(d, TrainingSequence)]
+        return usable, [bad[at] for at in sorted(bad)]
+
+    def _check_may_skip(self, errors: Sequence[DataError], where: str, *, num_documents: int) -> None:
+        """Raises: see _usable."""
+        if failing := [error for error in errors if not isinstance(error, DamagedSample)]:
+            raise failing[0]
+        if self.config.data.on_bad_sample == "stop":
+            advice = "to leave damaged samples out and list them in the log: data.on_bad_sample=skip"
+            way_out = "\n  ".join(filter(None, (errors[0].way_out, advice)))
+            raise DataError(errors[0].what, where=errors[0].where, way_out=way_out)
+        if len(errors) == num_documents:
+            what = f"no sample of {where} can be used; the first: {errors[0].what}"
+            raise DataError(what, where=errors[0].where, way_out=errors[0].way_out)
+
+    def _leave_out(self, errors: Sequence[DataError], step: int) -> None:
+        """Count and tell what a step is computed without."""
+        in_all = self.progress.bad_samples + len(errors)
+        self.progress = replace(self.progress, bad_samples=in_all)
+        self._tell("on_bad_samples", BadSamples(step, tuple(f"{e.what} ({e.where})" for e in errors), in_all))
 
     def _evaluate(self, step: int) -> None:
         held_out = self.data.held_out
         count = min(self.config.train.eval_sequences, len(held_out))
-        batch = [_read_held_out(held_out, n) for n in range(self.layout.dp_rank, count, self.layout.dp)]
-        sequences = self._usable(batch, step, of_all=count)
+        with self.activity.phase("reading held-out sequences"):
+            numbers = range(self.layout.dp_rank, count, self.layout.dp)
+            batch = [read_sequence(n, [partial(sequence_of, held_out, n)]) for n in numbers]
+            sequences, errors = self._usable(batch, "the evaluation")
+        for error in errors:
+            self._tell("on_warning", f"left out of the evaluation: {error.what} ({error.where})")
         result = evaluate(self.model.executor, sequences, self.layout, settings=self.settings)
         self._tell("on_evaluation", step, result)
 
@@ -278,13 +301,6 @@ class Trainer:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         peak, stop, writing = most.tolist()
         return _Border(peak, stop_requested=bool(stop), all_have_written=not writing)
-
-
-def _read_held_out(data: Samples, number: int) -> ReadSequence:
-    try:
-        return ReadSequence(number, (sequence_of(data, number),))
-    except DataError as error:
-        return ReadSequence(number, error=error)
 
 
 @dataclass(frozen=True)

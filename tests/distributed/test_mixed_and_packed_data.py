@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from comet_megatron.checkpoint.model_folder import read_progress
 from comet_megatron.checkpoint.run_folder import checkpoint_folder
 from comet_megatron.data.dataset import ShardDataset
-from comet_megatron.data.training_data import TrainingData
+from comet_megatron.data.training_data import TrainingData, sequence_of
 from comet_megatron.testing.runs import run_and_record, run_command, write_config, write_data, write_start
 from comet_megatron.testing.tiny import build_oracle, tiny_architecture, tiny_memory, tiny_sequences
 
@@ -166,3 +167,54 @@ def test_a_step_without_one_good_sample_ends_the_run(ready, tmp_path, pool):
     config = config_of(ready, tmp_path / "run.yaml", data=data, train={"global_batch_size": 2})
     results = pool(2).run(run_command, "--config", str(config))
     assert {code for code, _, _ in results} == {2} and "no sample of step 1 can be used" in results[0][2]
+
+
+def test_damage_in_held_out_data_is_said_and_not_counted_as_trainings(damaged, ready, tmp_path, pool):
+    folder, victim = damaged
+    data = {"train": str(ready / "long"), "eval": str(folder), "on_bad_sample": "skip"}
+    train = {"steps": 2, "eval_every": 2, "global_batch_size": 2}
+    config = config_of(ready, tmp_path / "run.yaml", data=data, train=train)
+    results = pool(2).run(run_command, "--config", str(config))
+    assert {code for code, _, _ in results} == {0}, results[0][2]
+    out = results[0][1]
+    assert out.count("WARNING  left out of the evaluation: the sample is damaged") == 2 and f"sample {victim})" in out
+    assert read_progress(checkpoint_folder(tmp_path / "run", 2)).bad_samples == 0
+    rest = [sequence_of(ShardDataset(folder), n) for n in range(8) if n != victim]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["eval_loss"] == pytest.approx(oracle_loss(rest), abs=1e-5)
+
+
+def test_of_a_packed_sequence_only_the_damaged_document_is_left_out(damaged, ready, tmp_path, pool):
+    folder, victim = damaged
+    data = {"train": str(folder), "pack_tokens": 200, "on_bad_sample": "skip"}
+    config = config_of(ready, tmp_path / "run.yaml", data=data, train={"global_batch_size": 2, "steps": 1})
+    results = pool(2).run(run_command, "--config", str(config))
+    assert {code for code, _, _ in results} == {0}, results[0][2]
+    packed = TrainingData([ShardDataset(folder)], seed=SEED, pack_tokens=200)
+    documents = [p.sample for position in range(2) for p in packed._places(position)]
+    assert victim in documents and len(documents) == 8
+    rest = [sequence_of(ShardDataset(folder), n) for n in documents if n != victim]
+    assert losses(tmp_path / "run")[0] == pytest.approx(oracle_loss(rest), abs=1e-5)
+
+
+def test_a_shard_that_cannot_be_read_now_stops_the_run_whatever_may_be_skipped(ready, tmp_path, pool):
+    write_data(tmp_path / "data", tiny_sequences((40, 41, 42, 43)))
+    data = {"train": str(tmp_path / "data"), "on_bad_sample": "skip"}
+    config = config_of(ready, tmp_path / "run.yaml", data=data)
+    results = pool(2).run(command_on_a_vanishing_shard, tmp_path / "data", "--config", str(config))
+    assert {code for code, _, _ in results} == {2}
+    assert "the shard cannot be read: No such file" in results[0][2] and "LEFT OUT" not in results[0][1]
+
+
+def command_on_a_vanishing_shard(process, folder: Path, *arguments: str):
+    """The command; after the data was opened its shard is gone."""
+    from comet_megatron.data import dataset
+
+    real = dataset.ShardDataset._check_shards
+
+    def check_and_remove(self) -> None:
+        real(self)
+        self._folder.place = str(folder / "gone")
+
+    with mock.patch.object(dataset.ShardDataset, "_check_shards", check_and_remove):
+        return run_command(process, *arguments)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_under_torchrun_batches_are_read_ahead_and_behind_a_url_as_on_the_disk(r
     (prepared,) = (tmp_path / "plain.data").iterdir()
     for name, more in {
         "jsonl": ["data.workers=1"],
-        "url": [f"data.train=file://{prepared}", "data.chunks=fixed"],
+        "url": [f"data.train=file://{prepared}"],
     }.items():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "comet_megatron.train", "--config", str(config), f"train.output={tmp_path / name}", *more]
@@ -103,3 +104,34 @@ def test_under_torchrun_batches_are_read_ahead_and_behind_a_url_as_on_the_disk(r
         assert done.returncode == 0, done.stdout + done.stderr
         assert "read ahead by 1 process a rank" in done.stdout
         assert losses(tmp_path / name) == losses(tmp_path / "plain")
+
+
+def without_torchrun(config: Path, port: int, *more: str) -> list[tuple[int, str]]:
+    """Two processes by environment variables alone, as srun starts them: the first one holds the store."""
+    processes = []
+    for rank in range(2):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{k: str(v) for k, v in names.items()}, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "comet_megatron.train", "--config", str(config), *more]
+        given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, **given))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_where_the_first_process_holds_the_store_the_others_wait_for_it_as_well(ready, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = config_of(ready, tmp_path / "run")
+    for code, out in without_torchrun(config, port):
+        assert code == 0, out
+    assert len(losses(tmp_path / "run")) == 3
+    shutil.copyfile(ready / "texts.jsonl", tmp_path / "bad.jsonl")
+    with open(tmp_path / "bad.jsonl", "a") as file:
+        file.write("not JSON\n")
+    config = config_of(ready, tmp_path / "bad", train=str(tmp_path / "bad.jsonl"))
+    results = without_torchrun(config, port)
+    assert [code for code, _ in results] == [2, 2], results
+    assert "bad.jsonl:31" in results[0][1] and "Traceback" not in results[0][1] + results[1][1]

@@ -22,6 +22,8 @@ class TensorBoard(Callback):
     def on_start(self, start: RunStart) -> None:
         # After a resume, what the interrupted run wrote beyond its checkpoint is hidden.
         self.writer = SummaryWriter(str(self.folder), purge_step=start.steps_done + 1 if start.steps_done else None)
+        if start.bad_rows:
+            self._write({"data/bad_rows": start.bad_rows}, start.steps_done)
 
     def on_step(self, record: StepRecord) -> None:
         result = record.result

@@ -65,7 +65,7 @@ GOOD = Config(ModelSection(path="base"), data=DataSection(train="a"), train=Trai
         (("a", "0.5"), "data.train has 0.5 where a path must be; a weight goes with its path"),
         ((("a", 0.0),), "the weight 0 of a must be a number above 0"),
         ((("a", float("inf")),), "the weight inf of a must be a number above 0"),
-        ((("a", 1.0), ("b", 1.0), "a"), "data.train names a more than once"),
+        ((("a", 1.0), ("b", 1.0), "./a"), "/a more than once"),
     ],
 )
 def test_a_list_that_makes_no_sense_is_one_problem_with_its_line(train, complaint):

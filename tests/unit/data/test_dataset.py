@@ -44,6 +44,8 @@ def test_open_files_are_bounded_and_closed(shard_dir: Path, monkeypatch: pytest.
     monkeypatch.setattr(storage, "MAX_OPEN_FILES", 2)
     dataset = ShardDataset(shard_dir)
     assert len(dataset.manifest.shards) > 3
+    assert len(dataset[0]) and len(dataset[-1])  # what other tests left open is closed for these
+    dataset.close()
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else pytest.skip("needs /proc")
     for number in [*range(len(dataset)), *range(len(dataset))]:
         assert len(dataset[number])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_megatron.data.sampler import _permutation, plan_positions, sample_index
+from comet_megatron.data.sampler import Order, _permutation, _recent, plan_positions, sample_index
 from comet_megatron.errors import ConfigError
 
 SEEDS = st.integers(0, 2**63)
@@ -84,10 +84,10 @@ def test_each_sample_is_about_equally_often_first() -> None:
 
 
 def test_the_order_is_not_made_anew_for_every_sample() -> None:
-    _permutation.cache_clear()
+    _recent.cache_clear()
     for step in range(20):
         plan_batch(step, global_batch_size=16, dp_rank=0, dp_size=1, num_samples=100, seed=0)
-    assert _permutation.cache_info().misses == 4  # epochs 0 to 3
+    assert _recent.cache_info().misses == 4  # epochs 0 to 3
     with pytest.raises(ValueError):
         _permutation(100, 0, 0)[0] = 1  # nobody can spoil what is cached
 
@@ -114,3 +114,10 @@ def test_values_out_of_range_are_refused(changed: dict[str, int], complaint: str
     values = {"step": 0, "global_batch_size": 8, "dp_rank": 0, "dp_size": 2, "num_samples": 10, "seed": 0, **changed}
     with pytest.raises(ConfigError, match=complaint):
         plan_batch(values.pop("step"), **values)
+
+
+@given(num_samples=SIZES, seed=SEEDS, positions=st.lists(st.integers(0, 1000), max_size=30))
+def test_an_order_that_keeps_its_epochs_is_the_same_order(num_samples, seed, positions) -> None:
+    order = Order(num_samples, seed=seed)
+    for position in positions:
+        assert order.at(position) == sample_index(position, num_samples=num_samples, seed=seed)

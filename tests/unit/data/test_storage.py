@@ -121,3 +121,42 @@ def test_joined_data_sets_count_through(shard_dir: Path, in_memory: str, samples
     assert joined.loss_mask(41) is None
     with pytest.raises(IndexError):
         joined[80]
+
+
+def test_a_pattern_before_the_last_part_of_a_chain_is_refused() -> None:
+    with pytest.raises(DataError, match="only be in the last part"):
+        find_places("zip://tra*::file:///data.zip")
+
+
+def test_a_failing_network_is_tried_again(in_memory: str, samples, monkeypatch) -> None:
+    dataset, tries = ShardDataset(in_memory), []
+    kind = type(dataset._folder._files)
+    real = kind.cat_file
+
+    def failing(self, *given, **named):
+        tries.append(1)
+        if len(tries) < 3:
+            raise TimeoutError("no answer")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(kind, "cat_file", failing)
+    monkeypatch.setattr("comet_megatron.data.storage.RETRY_AFTER_S", (0.0, 0.0))
+    np.testing.assert_array_equal(dataset[0], samples[0].ids)
+    assert len(tries) == 3
+
+
+def test_open_files_of_many_folders_together_are_bounded(tmp_path: Path, monkeypatch) -> None:
+    from comet_megatron.data import storage
+    from comet_megatron.data.shard_writer import write_shards
+    from comet_megatron.data.shards import Sample
+
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 3)
+    given = {"tokenizer_fingerprint": "", "vocab_size": 9, "shard_bytes": 1, "settings": {}}
+    for number in range(8):
+        write_shards([Sample(np.arange(5))], output_dir=tmp_path / str(number), **given)
+    joined = JoinedDatasets([ShardDataset(tmp_path / str(n)) for n in range(8)], place="all")
+    before = len(os.listdir("/proc/self/fd"))
+    assert sum(len(ids) for ids in joined) == 40
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    for part in joined.parts:
+        part.close()

@@ -13,7 +13,8 @@ from comet_megatron.data.dataset import ShardDataset
 from comet_megatron.data.read_ahead import BatchReader
 from comet_megatron.data.shard_writer import write_shards
 from comet_megatron.data.shards import Sample
-from comet_megatron.data.training_data import TrainingData
+from comet_megatron.data.training_data import TrainingData, TrainingSequence
+from comet_megatron.errors import DamagedSample, DataError
 
 
 def made(folder: Path, lengths: list[int], *, first_id: int, shard_bytes: int = 4000) -> ShardDataset:
@@ -107,6 +108,35 @@ def test_batches_read_ahead_are_those_read_when_they_are_asked_for(two, workers)
         ahead.close()
 
 
+def test_a_shard_that_is_gone_is_an_error_and_no_damage_so_that_it_is_not_skipped(two) -> None:
+    (Path(two[1].place) / "shard-000000.tar").rename(Path(two[1].place) / "elsewhere")
+    reader = BatchReader(TrainingData([two[1]], seed=3), lambda step: range(2), num_workers=0)
+    errors = [error for read in reader.read(0) for error in read.errors.values()]
+    assert len(errors) == 2 and all(type(error) is DataError for error in errors)
+
+
+def test_of_documents_that_share_a_sequence_only_the_damaged_one_is_missing(two) -> None:
+    shard = Path(two[1].place) / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(two[1]._index.ids_offset[4] + two[1]._index.ids_size[4]) - 1] ^= 1
+    shard.write_bytes(content)
+    reader = BatchReader(TrainingData([two[1]], seed=3, pack_tokens=90), lambda step: range(1), num_workers=0)
+    (read,) = reader.read(0)
+    assert len(read.documents) == 10 and list(read.errors) == [(0, [*read.documents].index(*read.errors.values()))]
+
+
+def test_many_data_sets_do_not_sort_their_orders_anew_at_every_position(tmp_path, monkeypatch) -> None:
+    from comet_megatron.data import sampler
+
+    sorted_orders, real = [], sampler._permutation
+    monkeypatch.setattr(sampler, "_permutation", lambda *given: sorted_orders.append(given) or real(*given))
+    datasets = [made(tmp_path / str(n), [5] * 100, first_id=100 * n) for n in range(9)]
+    data = TrainingData(datasets, weights=(1.0,) * 9, seed=1)
+    for position in range(800):
+        data.lengths_at(position)
+    assert len(sorted_orders) <= 2 * 9  # two epochs of each at most
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_sample_is_told_with_its_position_and_the_others_are_read(two, workers) -> None:
     shard = Path(two[1].place) / "shard-000000.tar"
@@ -118,9 +148,9 @@ def test_a_damaged_sample_is_told_with_its_position_and_the_others_are_read(two,
         batch = reader.read(0)
     finally:
         reader.close()
-    (bad,) = [read for read in batch if read.error]
-    assert "checksum" in bad.error.what and bad.error.where == f"{shard}, sample 4" and not bad.documents
-    assert sum(len(read.documents) for read in batch) == 9
+    (error,) = [error for read in batch for error in read.errors.values()]
+    assert isinstance(error, DamagedSample) and "checksum" in error.what and error.where == f"{shard}, sample 4"
+    assert sum(isinstance(d, TrainingSequence) for read in batch for d in read.documents) == 9
 
 
 def test_a_reading_process_that_dies_is_told(two, monkeypatch) -> None:
@@ -132,6 +162,8 @@ def test_a_reading_process_that_dies_is_told(two, monkeypatch) -> None:
             process.join()
         reader._ahead.clear()
         (first, *_) = reader.read(1)
-        assert "died" in first.error.what and "data.workers=0" in first.error.way_out
+        (error,) = first.errors.values()
+        assert "died" in error.what and "data.workers=0" in error.way_out
+        assert not isinstance(error, DamagedSample)  # it may not be skipped: the data are whole
     finally:
         reader.close()

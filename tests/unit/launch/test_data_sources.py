@@ -34,8 +34,25 @@ def test_shards_are_found_with_what_is_held_out(prefix, shards):
     assert (only.train, only.eval) == (f"{prefix}{shards}/train", None)
 
 
-def test_a_list_goes_to_the_train_command_as_it_is(shards):
-    assert found("[[a, 0.7], [b, 0.3]]").train == "[[a, 0.7], [b, 0.3]]"
+def test_a_list_is_looked_into_and_goes_to_the_train_command_as_it_is(shards):
+    given = f"[[{shards}, 0.7], [file://{shards}/eval, 0.3]]"
+    assert (found(given).train, found(given).folders) == (given, (f"{shards}/train",))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [("[[/nowhere, 1]]", "does not exist"), ("[[", "is no list of places"), ("[[]]", "is no list of places")],
+)
+def test_a_list_with_a_mistake_is_refused_before_anything_is_prepared(given, complaint):
+    with pytest.raises(DataError, match=complaint):
+        found(given)
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"], ids=["path", "URL"])
+def test_a_pattern_of_several_folders_is_one_place(prefix, shards, tmp_path):
+    (tmp_path / "more").symlink_to(shards)
+    place = f"{prefix}{tmp_path}/*"
+    assert found(place).train == place and found(place).eval is None
 
 
 def test_a_url_without_shards_is_refused(tmp_path):
