@@ -1,7 +1,8 @@
 """Bytes that a stage keeps on each rank and bytes that a link carries, from sizes. Pure, no torch.
 
 Counted: weights, gradients, the optimizer's state, what recomputation keeps of a chunk, hidden states that cross a
-link. Not counted: the graph of the chunk that is being computed, a slice of logits, buffers of all kinds.
+link. Not counted: the graph of the chunk that is being computed, a slice of logits, buffers of all kinds, the copies of
+weights that FP8 keeps (up to two bytes a weight of the layers in FP8).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from comet_megatron.chunking import ChunkPlan
 from comet_megatron.config.schema import Architecture, MemorySizes
 
-BYTES = {"fp32": 4, "bf16": 2}  # of a weight and of a hidden state
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a weight and of a hidden state
 FP32_BYTES = 4  # of gradients, moments, master weights and the memory's state
 _VOCABULARY_MULTIPLE = 128  # rows of the embedding on each tensor-parallel rank, as model/architectures.py pads them
 
@@ -39,7 +40,7 @@ class StateBytes:
     Attributes:
         weights: in the parameter dtype.
         gradients: fp32, whole on each data-parallel rank.
-        optimizer: two fp32 moments, and fp32 master weights under bf16.
+        optimizer: two fp32 moments, and fp32 master weights under bf16 and fp8.
     """
 
     weights: int
@@ -111,10 +112,10 @@ def state_bytes(parameters: Parameters, *, precision: str, dp: int = 1, zero1: b
 
     Args:
         parameters: of the stage on one tensor-parallel rank.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp8.
         dp: data-parallel ranks; with `zero1` they share the optimizer's state.
     """
-    copies = 3 if precision == "bf16" else 2
+    copies = 2 if precision == "fp32" else 3
     optimizer = copies * FP32_BYTES * parameters.trained
     return StateBytes(
         weights=parameters.all * BYTES[precision],
