@@ -54,6 +54,7 @@ class Capabilities:
         te: Transformer Engine, importable.
         apex_optimizer, apex_gradients: the compiled parts of NVIDIA's apex.
         fp8: by recipe; what Transformer Engine says of this GPU.
+        apex_would_fail: Megatron-Core finds apex's optimizer, of which the compiled part is missing.
     """
 
     cuda: Found
@@ -62,6 +63,7 @@ class Capabilities:
     apex_optimizer: Found
     apex_gradients: Found
     fp8: dict[str, Found]
+    apex_would_fail: bool = False
 
     @property
     def adamw(self) -> str:
@@ -80,7 +82,15 @@ def probe_capabilities() -> Capabilities:
     cuda, gpus = _probe_gpus()
     te = probe_te()
     symbols = [probe_apex(symbol) for symbol in APEX_SYMBOLS]
-    return Capabilities(cuda, gpus, te, *symbols, fp8=_probe_fp8(cuda, te))
+    would_fail = not te.is_there and not symbols[0].is_there and _can_import("apex.optimizers", "FusedAdam")
+    return Capabilities(cuda, gpus, te, *symbols, fp8=_probe_fp8(cuda, te), apex_would_fail=would_fail)
+
+
+def _can_import(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except Exception:
+        return False
 
 
 def _probe_gpus() -> tuple[Found, tuple[Gpu, ...]]:

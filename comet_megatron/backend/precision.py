@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from comet_megatron.backend.capabilities import Capabilities
 from comet_megatron.config.precision import FP8_MULTIPLES
-from comet_megatron.config.schema import ModelSection
+from comet_megatron.config.schema import Config, ModelSection
 from comet_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +103,21 @@ def plan_execution(model: ModelSection, machine: Capabilities) -> Execution:
     else:
         why = f"Transformer Engine {machine.te.why_not}" if machine.cuda.is_there else "no GPU"
     return Execution("torch", model.precision, told=f"backend  auto is torch ({why})")
+
+
+def check_machine(config: Config, execution: Execution, machine: Capabilities) -> None:
+    """What else a run needs of a machine.
+
+    Raises:
+        ConfigError: gradients are to be fused without Transformer Engine's layers, or Megatron-Core would take an
+            optimizer whose compiled part is missing.
+    """
+    if config.train.fuse_weight_gradients and execution.backend != "te":
+        what = "train.fuse_weight_gradients=true is for Transformer Engine's layers, and model.backend became torch"
+        raise ConfigError(what, way_out="use train.fuse_weight_gradients=false")
+    if machine.apex_would_fail:
+        what = f"Megatron-Core would take apex's AdamW, which cannot be built: {machine.apex_optimizer.why_not}"
+        raise ConfigError(what, way_out="pip uninstall apex, or build NVIDIA's with --cpp_ext --cuda_ext")
 
 
 def _plan_fp8(model: ModelSection, machine: Capabilities) -> Execution:

@@ -24,11 +24,17 @@ class SequenceShards:
         size: ranks the rows are split over; 1 without sequence parallelism.
         rank: this rank.
         group: process group of the ranks; None where size is 1.
+        multiple: of which each rank's number of rows is one.
     """
 
     size: int = 1
     rank: int = 0
     group: torch.distributed.ProcessGroup | None = None
+    multiple: int = 1
+
+    def rows_per_rank(self, num_rows: int) -> int:
+        """Rows of a chunk that each rank holds, padding at the end included."""
+        return -(-num_rows // (self.size * self.multiple)) * self.multiple
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def build_chunk_tensors(
         token_ids: text ids of the whole sequences, [b, tokens].
         labels: next-token labels of the whole sequences, [b, tokens], IGNORE_LABEL where there is none.
     """
-    num_rows = -(-plan.num_rows // shards.size) * shards.size
+    num_rows = shards.rows_per_rank(plan.num_rows) * shards.size
     ids = None
     if has_embedding:
         ids = np.full((len(token_ids), num_rows), sizes.beacon_id if sizes.stride > 0 else 0, dtype=np.int64)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from comet_megatron.backend.capabilities import probe_capabilities
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import (
     ModelDescription,
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.newest is not None:
         check_same_data(read_progress(plan.newest), train_data)
     quiet_libraries()
+    probe_capabilities()  # before Megatron, which expects an optional package to be whole
     from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
 
     trainer, summary = build_trainer(loaded.config, process, start, train_data, eval_data, plan=plan)
