@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTED := comet_megatron tools tests benchmarks examples setup.py
 
-.PHONY: demo test test-slow test-faults test-compat check lint format benchmark clean help
+.PHONY: demo test test-slow test-faults test-gpu test-compat check lint format benchmark clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,11 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-faults: $(READY)  ## kills, signals, full disks and flipped bytes, the long ones too
 	$(BIN)/python -m pytest tests/faults tests/distributed/test_checkpoint_state.py -m "not gpu"
+
+# On the machine with the GPU, with the Python that has its torch and, if possible, Transformer Engine.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu:  ## what needs a GPU; elsewhere it is skipped, saying why; GPU_PYTHON=... chooses the Python
+	$(GPU_PYTHON) -m pytest tests/gpu -rs --durations=10
 
 # A second environment, with transformers 4 and nothing of ours, loads what this one exports.
 COMPAT := $(VENV)-transformers4
