@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTED := comet_megatron tools tests benchmarks examples setup.py
 
-.PHONY: demo test test-slow test-faults test-gpu test-compat check lint format benchmark clean help
+.PHONY: demo test test-slow test-faults test-gpu test-compat check lint format benchmark benchmark-gpu clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -64,6 +64,9 @@ benchmark: $(READY)  ## figures beside their reach; exits 1 if one is missed
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/inference.py
+
+benchmark-gpu:  ## figures of one GPU beside their reach (benchmarks/gpu.py)
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(COMPAT) runs build *.egg-info .pytest_cache .ruff_cache
