@@ -91,10 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.newest is not None:
         check_same_data(read_progress(plan.newest), train_data)
     quiet_libraries()
+    import torch
+
     probe_capabilities()  # before Megatron, which expects an optional package to be whole
     from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
+    from comet_megatron.train.out_of_memory import explain_out_of_memory_of_building
 
-    trainer, summary = build_trainer(loaded.config, process, start, train_data, eval_data, plan=plan)
+    try:
+        trainer, summary = build_trainer(loaded.config, process, start, train_data, eval_data, plan=plan)
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory_of_building(error, loaded.config, start.description, process) from None
     if trainer.layout.is_main:
         save_config(loaded.config, Path(loaded.config.train.output) / "config.yaml")
     trainer.run(summary)

@@ -9,9 +9,18 @@ import torch
 from comet_megatron.chunking import plan_chunks
 from comet_megatron.config.schema import Config
 from comet_megatron.errors import TrainingError
-from comet_megatron.planning.memory import BYTES, Parameters, StateBytes, checkpoint_bytes, state_bytes
+from comet_megatron.planning.memory import (
+    BYTES,
+    Parameters,
+    StateBytes,
+    checkpoint_bytes,
+    count_parameters,
+    state_bytes,
+)
 
 if TYPE_CHECKING:
+    from comet_megatron.checkpoint.model_folder import ModelDescription
+    from comet_megatron.parallel.process import ProcessRank
     from comet_megatron.train.trainer import Trainer
 
 GIB = 2**30
@@ -50,6 +59,32 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, trainer: Trainer) -> Ou
     asked = next(iter(str(error).splitlines()), "")
     knob = first_knob(config, state=state, has=has, dp=layout.dp)
     return OutOfMemory(f"{what}\n  torch: {asked}", where=layout.name_of(layout.rank), way_out=knob)
+
+
+def explain_out_of_memory_of_building(
+    error: torch.OutOfMemoryError, config: Config, description: ModelDescription, process: ProcessRank
+) -> OutOfMemory:
+    """The same before there is a trainer: the weights and what belongs to them do not fit."""
+    parallel, precision = config.parallel, config.model.precision
+    dp = max(process.world_size // (parallel.tp * parallel.pp), 1)
+    layers = -(-description.architecture.num_layers // parallel.pp)
+    counts = count_parameters(
+        description.architecture,
+        description.memory,
+        layers,
+        tp=parallel.tp,
+        is_last=parallel.pp == 1,
+        trainable=config.train.trainable,
+    )
+    state = state_bytes(counts, precision=precision, dp=dp, zero1=parallel.zero1)
+    is_on_gpu = torch.cuda.is_available()
+    has = torch.cuda.get_device_properties(process.local_rank).total_memory if is_on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() if is_on_gpu else 0
+    what = describe_out_of_memory(state, 0, peak=peak, has=has, recompute="full")
+    asked = next(iter(str(error).splitlines()), "")
+    # It does not fit, whatever the estimate says.
+    knob = first_knob(config, state=state, has=max(min(has, state.total), 1), dp=dp)
+    return OutOfMemory(f"{what}\n  torch: {asked}", where=f"rank {process.rank}, building the model", way_out=knob)
 
 
 def describe_out_of_memory(state: StateBytes, kept: int, *, peak: int, has: int, recompute: str) -> str:

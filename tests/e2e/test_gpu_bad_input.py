@@ -54,6 +54,27 @@ def run_with_a_full_memory(process, config: str) -> tuple[int, str, str]:
         trainer.train_step = right
 
 
+def build_with_a_full_memory(process, config: str) -> tuple[int, str, str]:
+    from comet_megatron.train import build
+
+    def fails(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    right, build.build_trainable = build.build_trainable, fails
+    try:
+        return run_command(process, "--config", config)
+    finally:
+        build.build_trainable = right
+
+
+def test_a_model_that_does_not_fit_is_explained(folder, tmp_path, pool):
+    config = write_config(tmp_path / "run.yaml", folder, train={"output": str(tmp_path / "run")})
+    ((code, _, message),) = pool(1).run(build_with_a_full_memory, str(config))
+    assert code == 2 and "Traceback" not in message
+    for part in ("building the model", "planned, in GiB: weights", "allocate 9.00 GiB", "parallel.pp=2"):
+        assert part in message, message
+
+
 def test_a_full_memory_is_explained(folder, tmp_path, pool):
     config = write_config(tmp_path / "run.yaml", folder, train={"output": str(tmp_path / "run")})
     ((code, _, message),) = pool(1).run(run_with_a_full_memory, str(config))
