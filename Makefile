@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINTED := comet_megatron tools tests benchmarks examples setup.py
 
-.PHONY: demo test test-slow test-faults test-compat check lint format benchmark clean help
+.PHONY: demo test test-slow test-faults test-gpu test-compat check lint format benchmark benchmark-gpu clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,11 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-faults: $(READY)  ## kills, signals, full disks and flipped bytes, the long ones too
 	$(BIN)/python -m pytest tests/faults tests/distributed/test_checkpoint_state.py -m "not gpu"
+
+# On the machine with the GPU, with the Python that has its torch and, if possible, Transformer Engine.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu:  ## what needs a GPU; elsewhere it is skipped, saying why; GPU_PYTHON=... chooses the Python
+	$(GPU_PYTHON) -m pytest tests/gpu -rs --durations=10
 
 # A second environment, with transformers 4 and nothing of ours, loads what this one exports.
 COMPAT := $(VENV)-transformers4
@@ -60,6 +65,9 @@ benchmark: $(READY)  ## figures beside their reach; exits 1 if one is missed
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/state.py
+
+benchmark-gpu:  ## figures of one GPU beside their reach (benchmarks/gpu.py)
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(COMPAT) runs build *.egg-info .pytest_cache .ruff_cache

@@ -5,8 +5,8 @@ device. It costs nothing per torch call. Three kinds of change, each beside the 
 
 1. attributes of `torch.cuda`, which nothing else can use on a machine without a device;
 2. the string constants 'cuda' and 'torch.cuda.XTensor' in the functions of the modules listed below;
-3. a few Megatron functions: CUDA generators, torch's Adam in the distributed optimizer, and what writes checkpoints
-   (checkpoints_cpu.py).
+3. a few Megatron functions: CUDA generators, torch's Adam in the distributed optimizer (torch_adam.py), and what writes
+   checkpoints (checkpoints_cpu.py).
 
 Line numbers are of megatron-core 0.16.1.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from comet_megatron.backend.checkpoints_cpu import gather_optimizer_state_in_one_copy, replace_checkpoint_writer
+from comet_megatron.backend.torch_adam import mend_torch_adam
 
 _MODULES_WITH_DEVICE_LITERALS = (
     "megatron.core.utils",  # 656, 1207
@@ -62,7 +63,7 @@ def run_megatron_on_cpu() -> None:
         _replace_device_literals(importlib.import_module(name))
     _replace_generators()
     replace_checkpoint_writer()
-    _mend_torch_adam()
+    mend_torch_adam()
     gather_optimizer_state_in_one_copy()
 
 
@@ -143,49 +144,3 @@ def _replace_generators() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # random.py:275 warns each time the "GPU" generator moved the CPU one: here they are one
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _mend_torch_adam() -> None:
-    """Let DistributedOptimizer save and load torch's AdamW, which stands in for a fused one.
-
-    distrib_optimizer.py: 642 asserts a step where a fresh optimizer has none; 818-826 gives every parameter the same
-    `step` tensor, which each of them then increments; 938 copies 'step' too, which the fully reshardable form does
-    not hold, and does so outside no_grad.
-    """
-    from megatron.core.optimizer import distrib_optimizer as module
-
-    if module.HAVE_APEX_OR_TE:
-        return
-    cls = module.DistributedOptimizer
-    state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
-
-    def prime(self) -> None:
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                if not self.optimizer.state[param]:
-                    self.optimizer.state[param] = {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(param, requires_grad=False),
-                        "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
-                    }
-
-    def primed_state_dict(self):
-        prime(self)
-        return state_dict(self)
-
-    def primed_load_state_dict(self, state):
-        prime(self)
-        load_state_dict(self, state)
-        for values in self.optimizer.state.values():
-            values["step"] = values["step"].clone()
-
-    @torch.no_grad()
-    def set_states(self, model_param, tensors):
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        main = self.optimizer.param_groups[group_index]["params"][group_order]
-        for key, value in {"param": main, **self.optimizer.state[main]}.items():
-            if key != "step":  # comes with the parameter group
-                value.copy_(tensors[key])
-
-    cls.state_dict, cls.load_state_dict = primed_state_dict, primed_load_state_dict
-    cls._set_main_param_and_optimizer_states = set_states

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from comet_megatron.backend.capabilities import probe_capabilities
+from comet_megatron.backend.torch_adam import mend_torch_adam
 from comet_megatron.errors import DeviceError
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -28,15 +30,22 @@ class Device:
     collectives: str
 
 
-def select_device(local_rank: int) -> Device:
+def select_device(local_rank: int, *, wanted: str = "auto") -> Device:
     """CUDA where there is a device, else CPU; prepares Megatron-Core for what was chosen.
-
-    Raises:
-        DeviceError: more processes than GPUs.
 
     Args:
         local_rank: rank of this process on its machine.
+        wanted: cuda, cpu or auto.
+
+    Raises:
+        DeviceError: more processes than GPUs, or another device is there than is wanted.
     """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        what = f"train.device=cuda, and there is no GPU: {probe_capabilities().cuda.why_not}"
+        raise DeviceError(what, way_out="use train.device=auto to run on CPU, or see what nvidia-smi says")
+    if wanted == "cpu" and torch.cuda.is_available():
+        what = "train.device=cpu, and there is a GPU, for which Megatron-Core prepares itself"
+        raise DeviceError(what, way_out="hide it: start with CUDA_VISIBLE_DEVICES= in the environment")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(
@@ -44,6 +53,7 @@ def select_device(local_rank: int) -> Device:
                 way_out="start as many processes as there are GPUs, or run on CPU with CUDA_VISIBLE_DEVICES=",
             )
         torch.cuda.set_device(local_rank)
+        mend_torch_adam()
         return Device("cuda", torch.device("cuda", local_rank), "nccl")
     from comet_megatron.backend.cpu import run_megatron_on_cpu
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from comet_megatron.config.precision import FP8_RECIPES, fp8_size_problems, precision_problems
 from comet_megatron.config.schema import REQUIRED, Architecture, Config, MemorySizes, to_dict
 from comet_megatron.errors import ConfigError
 
@@ -18,7 +19,10 @@ MAX_SEED = 2**32 - 1  # the largest that NumPy takes
 HF_PREFIX = "hf:"  # of model.init_from
 
 _CHOICES = {
-    "model.precision": ("fp32", "bf16"),
+    "model.precision": ("fp32", "bf16", "fp8"),
+    "model.backend": ("te", "torch", "auto"),
+    "model.fp8_recipe": ("auto", *FP8_RECIPES),
+    "train.device": ("auto", "cuda", "cpu"),
     "train.trainable": ("all", "memory"),
     "train.recompute": ("none", "full"),
     "train.on_failed_save": ("go_on", "stop"),
@@ -34,6 +38,7 @@ _AT_LEAST = {
     "data.max_stride": 0,
     "data.pack_tokens": 0,
     "data.sequence_length": 32,
+    "model.fp8_bf16_layers": 0,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.loss_slice_tokens": 1,
@@ -117,6 +122,7 @@ def _check_combinations(config: Config, where: Where) -> list[ConfigError]:
     optimizer, train = config.optimizer, config.train
     problems += check_start(config, where)
     problems += _check_sources(config, where)
+    problems += [_problem(what, where, *keys) for what, keys in precision_problems(config)]
     if 0 < optimizer.lr < optimizer.min_lr:
         what = f"optimizer.min_lr={optimizer.min_lr:g} is above optimizer.lr={optimizer.lr:g}; use at most that"
         problems.append(_problem(what, where, "optimizer.min_lr", "optimizer.lr"))
@@ -261,6 +267,7 @@ def check_layout(
         what = "train.trainable=memory, but there are text ids among the model's beacon ids; use train.trainable=all"
         problems.append(_problem(what, where, "train.trainable"))
     tp, pp = config.parallel.tp, config.parallel.pp
+    problems += [_problem(what, where, *keys) for what, keys in fp8_size_problems(config, architecture)]
     if tp < 1 or pp < 1 or world_size < 1:
         return problems  # check_config says it of tp and pp; nothing can be divided
     problems += _check_stages(config, architecture, where)

@@ -12,7 +12,10 @@ REQUIRED = "???"  # OmegaConf's marker for a value the user must give
 class ModelSection:
     path: str = REQUIRED  # checkpoint folder to start from (tools/convert_from_hf.py writes it)
     init_from: str = ""  # instead of path: hf:DIR, a Hugging Face model; see the section memory
-    precision: str = "fp32"  # fp32 | bf16 (bf16 keeps fp32 master weights and gradients)
+    precision: str = "fp32"  # fp32 | bf16 | fp8 (bf16 and fp8 keep fp32 master weights and gradients)
+    backend: str = "auto"  # te (Transformer Engine) | torch | auto: te where it can be used
+    fp8_recipe: str = "auto"  # tensorwise | blockwise | mxfp8 | auto: mxfp8 on Blackwell, else tensorwise
+    fp8_bf16_layers: int = 1  # layers at each end of the model whose products stay in bf16
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class TrainSection:
     max_skips: int = 10  # steps skipped in a row that stop the run
     eval_every: int = 0  # steps; 0: never
     eval_sequences: int = 32  # held-out sequences of one evaluation
+    device: str = "auto"  # cuda | cpu | auto: cuda where there is one
     cpu_threads: Union[int, str] = "auto"  # per process, on CPU; auto: cores / processes on this machine
+    fuse_weight_gradients: bool = False  # add them to fp32 inside the product: Transformer Engine's layers only
 
 
 @dataclass(frozen=True)

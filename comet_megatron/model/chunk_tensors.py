@@ -5,6 +5,7 @@ Everything is computed on the host from numbers: nothing is read back from the d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,17 @@ class SequenceShards:
         size: ranks the rows are split over; 1 without sequence parallelism.
         rank: this rank.
         group: process group of the ranks; None where size is 1.
+        multiple: of which each rank's number of rows is one.
     """
 
     size: int = 1
     rank: int = 0
     group: torch.distributed.ProcessGroup | None = None
+    multiple: int = 1
+
+    def rows_per_rank(self, num_rows: int) -> int:
+        """Rows of a chunk that each rank holds, padding at the end included."""
+        return -(-num_rows // (self.size * self.multiple)) * self.multiple
 
 
 @dataclass(frozen=True)
@@ -51,19 +58,26 @@ def _rows_of_rank(rows: np.ndarray, rows_per_rank: int, shards: SequenceShards) 
     return np.flatnonzero(rows // rows_per_rank == shards.rank)
 
 
-def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _on_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """int64 arrays as tensors on the device, in one transfer for which the host does not wait."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+    packed = packed.pin_memory().to(device, non_blocking=True)
+    parts = packed.split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
 
-def select_rows(rows: np.ndarray, *, rows_per_rank: int, shards: SequenceShards, device: torch.device) -> RowSelection:
-    """Find `rows` (int64, counted in the whole chunk) on this rank."""
+def _find_rows(name: str, rows: np.ndarray, rows_per_rank: int, shards: SequenceShards) -> dict[str, np.ndarray]:
+    """Where `rows` (counted in the whole chunk) are on this rank: arrays for `_selection`."""
     if shards.size == 1:
-        return RowSelection(len(rows), _on_device(rows, device), None)
+        return {f"{name} local": rows}
     positions = _rows_of_rank(rows, rows_per_rank, shards)
-    local = rows[positions] - shards.rank * rows_per_rank
-    return RowSelection(len(rows), _on_device(local, device), _on_device(positions, device))
+    return {f"{name} local": rows[positions] - shards.rank * rows_per_rank, f"{name} positions": positions}
+
+
+def _selection(name: str, count: int, tensors: Mapping[str, Tensor]) -> RowSelection:
+    return RowSelection(count, tensors[f"{name} local"], tensors.get(f"{name} positions"))
 
 
 def take_rows(hidden: Tensor, rows: RowSelection, shards: SequenceShards) -> Tensor:
@@ -123,7 +137,7 @@ def build_chunk_tensors(
         token_ids: text ids of the whole sequences, [b, tokens].
         labels: next-token labels of the whole sequences, [b, tokens], IGNORE_LABEL where there is none.
     """
-    num_rows = -(-plan.num_rows // shards.size) * shards.size
+    num_rows = shards.rows_per_rank(plan.num_rows) * shards.size
     ids = None
     if has_embedding:
         ids = np.full((len(token_ids), num_rows), sizes.beacon_id if sizes.stride > 0 else 0, dtype=np.int64)
@@ -132,19 +146,26 @@ def build_chunk_tensors(
     chunk_labels = labels[:, plan.text_start : plan.text_end if has_head else plan.text_start].T
     labelled = np.flatnonzero((chunk_labels != IGNORE_LABEL).any(axis=1))
     kept_labels = np.ascontiguousarray(chunk_labels[labelled])
-    where = {"rows_per_rank": num_rows // shards.size, "shards": shards, "device": device}
+    rows_per_rank = num_rows // shards.size
     beacons = np.concatenate([plan.global_rows, plan.beacon_rows])
     beacon_ids = np.array([*sizes.global_beacon_ids[: plan.num_global_beacons], *[sizes.beacon_id] * plan.num_beacons])
-    beacon_rows = select_rows(beacons, **where)
     if shards.size > 1:
-        beacon_ids = beacon_ids[_rows_of_rank(beacons, where["rows_per_rank"], shards)]
+        beacon_ids = beacon_ids[_rows_of_rank(beacons, rows_per_rank, shards)]
+    arrays = {
+        **({} if ids is None else {"ids": ids}),
+        **_find_rows("beacons", beacons, rows_per_rank, shards),
+        "beacon numbers": beacon_ids.astype(np.int64) - sizes.first_new_id,
+        **_find_rows("labelled", plan.text_rows[labelled], rows_per_rank, shards),
+        "labels": kept_labels,
+    }
+    tensors = _on_device(arrays, device)
     return ChunkTensors(
         plan=plan,
-        ids=None if ids is None else _on_device(ids, device),
+        ids=tensors.get("ids"),
         num_rows=num_rows,
-        beacon_rows=beacon_rows,
-        beacon_numbers=_on_device(beacon_ids.astype(np.int64) - sizes.first_new_id, device),
-        labelled_rows=select_rows(plan.text_rows[labelled], **where),
-        labels=_on_device(kept_labels, device),
+        beacon_rows=_selection("beacons", len(beacons), tensors),
+        beacon_numbers=tensors["beacon numbers"],
+        labelled_rows=_selection("labelled", len(labelled), tensors),
+        labels=tensors["labels"],
         num_labels=int((kept_labels != IGNORE_LABEL).sum()),
     )

@@ -7,9 +7,11 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from comet_megatron.backend.precision import Visit, fp8_layer
 from comet_megatron.config.schema import MemorySizes
+from comet_megatron.model.attention import pad_rows
 from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
-from comet_megatron.model.gated_silu_cpu import gated_silu
+from comet_megatron.model.gated_silu import gated_silu
 from comet_megatron.model.memory import LayerMemory, WrittenMemory, build_memory_nets
 from comet_megatron.model.rotary import Rotary
 
@@ -28,7 +30,13 @@ class CometLayer(TransformerLayer):
             self.add_module(name, net.to(torch.cuda.current_device()))
 
     def forward(
-        self, hidden: Tensor, *, rotary: Rotary, memory: LayerMemory, chunk: ChunkTensors
+        self,
+        hidden: Tensor,
+        *,
+        rotary: Rotary,
+        memory: LayerMemory,
+        chunk: ChunkTensors,
+        visit: Visit = Visit.ONLY,
     ) -> tuple[Tensor, WrittenMemory]:
         """One chunk through the layer.
 
@@ -36,25 +44,27 @@ class CometLayer(TransformerLayer):
             hidden: [rows / sequence shards, b, h].
             rotary: positions of slots and rows.
             memory: what the layer carries into this chunk.
+            visit: whether this chunk comes, or has come, another time in this pass.
 
         Returns:
             The layer's output, like `hidden`, and what it wrote.
         """
         residual = hidden
-        slots = self.read_memory(memory, hidden.dtype)
-        attended = self.self_attention(self.input_layernorm(hidden), slots, rotary)
-        with self.bias_dropout_add_exec_handler():
-            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-            hidden = add(attended, residual, self.hidden_dropout)
-        hidden = self._forward_mlp(hidden)
+        with fp8_layer(self.config, self.layer_number - 1, visit):
+            slots = self.read_memory(memory, hidden.dtype)
+            attended = self.self_attention(self.input_layernorm(hidden), slots, rotary)
+            with self.bias_dropout_add_exec_handler():
+                add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+                hidden = add(attended, residual, self.hidden_dropout)
+            hidden = self._forward_mlp(hidden)
         return hidden, self.write_memory(hidden, memory, chunk)
 
     def _forward_mlp(self, hidden: Tensor, **kwargs: object) -> Tensor:
-        """Megatron's MLP behind its norm; on CPU with the gate as one autograd node."""
-        if hidden.device.type != "cpu":
-            return super()._forward_mlp(hidden, **kwargs)
-        gate_up, _ = self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden))
-        return self._forward_post_mlp(self.mlp.linear_fc2(gated_silu(gate_up)), hidden)
+        """Megatron's MLP behind its norm, with the gate as one autograd node, and rows padded for FP8."""
+        normed = pad_rows(self.pre_mlp_layernorm(hidden), self.self_attention.row_multiple)
+        gate_up, _ = self.mlp.linear_fc1(normed)
+        out, bias = self.mlp.linear_fc2(gated_silu(gate_up))
+        return self._forward_post_mlp((out[: len(hidden)], bias), hidden)
 
     def read_memory(self, memory: LayerMemory, dtype: torch.dtype) -> Tensor | None:
         """Normalised slots [m, b, h]: the adapted global state, then the last `budget` temporary slots."""

@@ -6,7 +6,7 @@ Parameter names are Megatron's GPTModel's. Works on one chunk at a time; the loo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core import tensor_parallel
@@ -20,12 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor, nn
 
+from comet_megatron.backend.precision import Visit
+from comet_megatron.config.precision import FP8_MULTIPLES
 from comet_megatron.config.schema import Architecture, MemorySizes
 from comet_megatron.model.architectures import padded_vocabulary
 from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
 from comet_megatron.model.memory import LayerMemory, WrittenMemory
-from comet_megatron.model.norm import RMSNorm
 from comet_megatron.model.rotary import RotaryTable
+from comet_megatron.model.specs import norm_of
+
+EXTRA_STATE = "_extra_state"  # Transformer Engine's key for the scales of a module, which our recipes have none of
 
 
 class Decoder(MegatronModule):
@@ -48,7 +52,8 @@ class Decoder(MegatronModule):
             build_module(spec, config=config, layer_number=i + 1, pg_collection=pg_collection, **layer_arguments)
             for i in layers
         )
-        self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if has_final_norm else None
+        norm = norm_of(spec)
+        self.final_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon) if has_final_norm else None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -107,7 +112,9 @@ class CometStage(MegatronModule):
         self.device = torch.device(torch.cuda.current_device())
         tp = pg_collection.tp.size()
         self.shards = (
-            SequenceShards(tp, pg_collection.tp.rank(), pg_collection.tp)
+            SequenceShards(
+                tp, pg_collection.tp.rank(), pg_collection.tp, FP8_MULTIPLES[config.fp8_recipe] if config.fp8 else 1
+            )
             if config.sequence_parallel
             else SequenceShards()
         )
@@ -244,18 +251,39 @@ class CometStage(MegatronModule):
         beacons = self.new_rows[chunk.beacon_numbers][:, None].expand(-1, hidden.shape[1], -1)
         return hidden.index_copy(0, chunk.beacon_rows.local, beacons)
 
+    def begin_pass(self) -> None:
+        """Before the first chunk of a batch: weights may have changed, so FP8 copies of them are made anew."""
+        self.set_is_first_microbatch()
+
+    def fuse_weight_gradients(self) -> None:
+        """Let Transformer Engine add the gradients of its trained matrices to fp32 `main_grad`s inside the product.
+
+        Not linear_qkv's: a part of it also makes the slots' keys and values, and Megatron's hook takes a gradient that
+        was added inside for the only one. Needs DDP's buffers.
+        """
+        for layer in self.decoder.layers:
+            for module in (layer.self_attention.linear_proj, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+                assert hasattr(module, "fuse_wgrad_accumulation"), "only Transformer Engine's modules can"
+                module.fuse_wgrad_accumulation = module.weight.requires_grad
+
     def empty_memory(self) -> list[LayerMemory]:
         """Memory before the first chunk, one per layer of this stage."""
         return [LayerMemory()] * self.num_layers
 
     def forward(
-        self, chunk: ChunkTensors, memory: Sequence[LayerMemory], hidden: Tensor | None = None
+        self,
+        chunk: ChunkTensors,
+        memory: Sequence[LayerMemory],
+        hidden: Tensor | None = None,
+        *,
+        visit: Visit = Visit.ONLY,
     ) -> tuple[Tensor, list[WrittenMemory]]:
         """One chunk through the stage's layers.
 
         Args:
             memory: what each layer carries into the chunk.
             hidden: [rows / sequence shards, b, h] from the stage before; None where the embedding is.
+            visit: whether this chunk comes, or has come, another time in this pass.
 
         Returns:
             Hidden states, like `hidden` (before the final norm), and what each layer wrote.
@@ -265,7 +293,7 @@ class CometStage(MegatronModule):
         rotary = self.rotary.first(chunk.plan.num_slots + chunk.num_rows)
         written = []
         for layer, carried in zip(self.decoder.layers, memory, strict=True):
-            hidden, new = layer(hidden, rotary=rotary, memory=carried, chunk=chunk)
+            hidden, new = layer(hidden, rotary=rotary, memory=carried, chunk=chunk, visit=visit)
             written.append(new)
         return hidden, written
 
@@ -314,7 +342,12 @@ class CometStage(MegatronModule):
                 dp_cp_group=self.pg_collection.dp_cp,
             )
             states.update(self._second_if_copy(new_rows))
-        return states
+        return {key: state for key, state in states.items() if not key.endswith(EXTRA_STATE)}
+
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False) -> object:
+        """As torch's, but extra state need not be there: it is never stored."""
+        extra = dict.fromkeys(key for key in self.state_dict() if key.endswith(EXTRA_STATE))
+        return super().load_state_dict({**extra, **state_dict}, strict=strict, assign=assign)
 
     def _second_if_copy(self, states: ShardedStateDict) -> ShardedStateDict:
         """A tied head's copy is loaded like the embedding, and never the one that is saved."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comet_megatron.backend.precision import Visit
 from comet_megatron.chunking import ChunkPlan, live_tokens, plan_chunks
 from comet_megatron.config.schema import MemorySizes
 from comet_megatron.model.chunk_tensors import ChunkTensors, build_chunk_tensors
@@ -279,6 +280,8 @@ class _Run:
         self.observed = {(s, m): _Observed() for s in executor.stages for m in range(len(self.worked))}
         self.todo = {Kind.FORWARD: self._forward, Kind.RECOMPUTE: self._recompute, Kind.BACKWARD: self._backward}
         executor.activity.clear()
+        for stage in executor.stages.values():
+            stage.begin_pass()
         expected = [e for stage, ops in lists.items() for e in self._expected(stage, ops)]
         executor.transport.start(expected, max_in_flight=max_in_flight_of(settings.slack))
 
@@ -287,8 +290,7 @@ class _Run:
         for op in ops:
             if message := self._message_for(op):
                 microbatch, model = self.worked[op.sequence], self.executor.stages[stage]
-                shards = model.shards.size
-                rows = -(-microbatch.plans[op.chunk].num_rows // shards)
+                rows = model.shards.rows_per_rank(microbatch.plans[op.chunk].num_rows)
                 shape = (rows, len(microbatch.token_ids), model.config.hidden_size)
                 expected.append(Expected(message, shape, model.config.params_dtype))
         return expected
@@ -346,7 +348,8 @@ class _Run:
         if trains and hidden_in is not None:
             hidden_in.requires_grad_()
         with torch.set_grad_enabled(keeps_graph) if trains else nullcontext():
-            hidden, written = stage(chunk, entering, hidden_in)
+            visit = Visit.FIRST if trains and not keeps_graph else Visit.ONLY
+            hidden, written = stage(chunk, entering, hidden_in, visit=visit)
         if op.stage < self.last_stage:
             self._send(Message(False, op.stage, op.sequence, op.chunk), hidden.detach())
         elif not trains:
@@ -383,7 +386,8 @@ class _Run:
     def _recompute(self, op: Op, stage: CometStage) -> None:
         record = self.records[op[1:]]
         with torch.enable_grad():
-            record.hidden, record.written = stage(record.chunk, record.entering, record.hidden_in)
+            chunk, entering, hidden = record.chunk, record.entering, record.hidden_in
+            record.hidden, record.written = stage(chunk, entering, hidden, visit=Visit.AGAIN)
 
     def _backward(self, op: Op, stage: CometStage) -> None:
         record = self.records.pop(op[1:])

@@ -8,6 +8,7 @@ parallelism divides all of them alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from comet_megatron.chunking import ChunkPlan
 from comet_megatron.config.schema import Architecture
@@ -18,15 +19,64 @@ from comet_megatron.parallel.simulator import Cost
 _BACKWARD = {Kind.BACKWARD: (2, 3), Kind.HIDDEN_GRADIENT: (1, 2), Kind.WEIGHT_GRADIENT: (1, 1)}
 
 
-def layer_flops(architecture: Architecture, plan: ChunkPlan) -> float:
-    """Forward of one layer on one chunk. Memory slots have keys and values only: no queries, no MLP."""
+class Flops(NamedTuple):
+    """Of matrix products and of attention, which run at different rates.
+
+    Attributes:
+        products: with weights.
+        attention: scores and their product with the values.
+    """
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+
+def split_layer_flops(architecture: Architecture, *, rows: float, slots: float) -> Flops:
+    """Forward of one layer. Memory slots have keys and values only: no queries, no MLP.
+
+    Args:
+        rows: each sees the slots and, on average, half of the rows.
+    """
     hidden = architecture.hidden_size
     heads_width = architecture.num_attention_heads * architecture.head_dim
     groups_width = architecture.num_query_groups * architecture.head_dim
     per_row = 2 * hidden * (2 * heads_width + 2 * groups_width + 3 * architecture.ffn_hidden_size)
     per_slot = 2 * hidden * 2 * groups_width
-    pairs = plan.num_rows * (plan.num_slots + plan.num_rows / 2)
-    return plan.num_rows * per_row + plan.num_slots * per_slot + 4 * heads_width * pairs
+    return Flops(rows * per_row + slots * per_slot, 4 * heads_width * rows * (slots + rows / 2))
+
+
+def layer_flops(architecture: Architecture, plan: ChunkPlan) -> float:
+    """Forward of one layer on one chunk."""
+    return split_layer_flops(architecture, rows=plan.num_rows, slots=plan.num_slots).total
+
+
+def prefill_flops(architecture: Architecture, plans: Sequence[ChunkPlan]) -> Flops:
+    """Forward of all layers on the chunks of a text, without the head; of a text in full attention, see
+    `full_attention_flops`."""
+    parts = [split_layer_flops(architecture, rows=plan.num_rows, slots=plan.num_slots) for plan in plans]
+    layers = architecture.num_layers
+    return Flops(layers * sum(p.products for p in parts), layers * sum(p.attention for p in parts))
+
+
+def full_attention_flops(architecture: Architecture, tokens: int) -> Flops:
+    """Forward of all layers of the backbone on a text in which each token sees all before it, without the head."""
+    products, attention = split_layer_flops(architecture, rows=tokens, slots=0)
+    return Flops(architecture.num_layers * products, architecture.num_layers * attention)
+
+
+def training_flops(architecture: Architecture, plans: Sequence[ChunkPlan], labels: Sequence[int]) -> float:
+    """Forward and backward of one sequence: what model FLOPs utilisation counts. What recomputation does again is no
+    work of the model's.
+
+    Args:
+        labels: of each chunk.
+    """
+    layers = architecture.num_layers * sum(layer_flops(architecture, plan) for plan in plans)
+    return 3 * (layers + sum(head_flops(architecture, count) for count in labels))
 
 
 def head_flops(architecture: Architecture, num_labels: float) -> float:

@@ -39,7 +39,7 @@ class StateBytes:
     Attributes:
         weights: in the parameter dtype.
         gradients: fp32, whole on each data-parallel rank.
-        optimizer: two fp32 moments, and fp32 master weights under bf16.
+        optimizer: two fp32 moments, and fp32 master weights under bf16 and fp8.
     """
 
     weights: int

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from comet_megatron.backend.capabilities import probe_capabilities
 from comet_megatron.backend.device import Device, keep_large_tensors_apart, select_device, set_cpu_threads
 from comet_megatron.backend.environment import describe_environment, set_environment
+from comet_megatron.backend.precision import check_machine, plan_execution
 from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state
 from comet_megatron.checkpoint.start import CheckpointStart, Start
@@ -55,10 +57,13 @@ def build_trainer(
     """
     run = Path(config.train.output)
     description = start.description
+    set_environment()  # before the first CUDA call
+    machine = probe_capabilities()
+    device = select_device(process.local_rank, wanted=config.train.device)
+    execution = plan_execution(config.model, machine)
+    check_machine(config, execution, machine)
     if process.rank == 0:
         make_folder(run)  # before minutes are spent on loading
-    set_environment()
-    device = select_device(process.local_rank)
     threads = None
     if device.kind == "cpu":
         keep_large_tensors_apart(kept_piece_bytes(description.architecture, description.memory))
@@ -91,13 +96,17 @@ def build_trainer(
         stage=layout.pp_rank,
         layers_per_stage=layers_per_stage,
         sequence_parallel=config.parallel.sequence_parallel,
-        precision=config.model.precision,
+        precision=execution.precision,
+        backend=execution.backend,
+        fp8=execution.fp8,
     )
     if plan.newest is None:
         start.load_weights(stage, layout)
     if config.train.trainable == "memory":
         stage.freeze_backbone()
     model = build_trainable({layout.pp_rank: stage}, layout, zero1=config.parallel.zero1)
+    if config.train.fuse_weight_gradients:
+        stage.fuse_weight_gradients()
     optimizer = build_optimizer(model, config.optimizer, precision=config.model.precision, zero1=config.parallel.zero1)
     progress = Progress(
         step=0,
@@ -127,7 +136,8 @@ def build_trainer(
         callbacks=_build_callbacks(config) if layout.is_main else (),
         watch=_build_watch(model, layout, timeout_s=parallel.timeout_s),
     )
-    return trainer, [*told, *summarize(trainer, start.path, layers_per_stage, threads=threads)]
+    backend = f"{execution.told}; {machine.adamw}"
+    return trainer, [*told, *summarize(trainer, start.path, layers_per_stage, threads=threads, backend=backend)]
 
 
 def join_restarted_world(process: ProcessRank, device: Device, *, generation: int, timeout_s: float) -> None:
@@ -173,7 +183,9 @@ def _build_callbacks(config: Config) -> list[Callback]:
     return callbacks
 
 
-def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *, threads: int | None) -> list[str]:
+def summarize(
+    trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *, threads: int | None, backend: str
+) -> list[str]:
     """What runs, in a few lines."""
     config, layout, stage = trainer.config, trainer.layout, trainer.stage
     architecture, memory, data = stage.architecture, stage.memory_sizes, trainer.data.train
@@ -193,6 +205,7 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
         f"memory   chunks of {memory.chunk_size} tokens, {memory.global_slots} global slots, {temporary}",
         f"layout   {layout.world_size} process{'es' * (layout.world_size > 1)} on {on}: {parallel}; "
         f"{config.model.precision}",
+        backend,
         f"data     {data.describe()}: {_describe_size(data)}; "
         f"{config.train.global_batch_size} sequences a step, {config.train.steps} steps{ahead}",
     ]
@@ -205,7 +218,7 @@ def summarize(trainer: Trainer, start: Path, layers_per_stage: Sequence[int], *,
             cutting=Cutting.of(config.data),
         )
         split = describe_split(layers_per_stage, costs, setting=config.parallel.layers_per_stage)
-        lines.insert(3, f"{split}; slack {config.parallel.slack}")
+        lines.insert(4, f"{split}; slack {config.parallel.slack}")
     if environment := describe_environment(on_gpu=layout.device.kind == "cuda"):
         lines.append(f"environ  {environment}")
     if trainer.progress.step:

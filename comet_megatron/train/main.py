@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from comet_megatron.backend.capabilities import probe_capabilities
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import read_description, read_progress
 from comet_megatron.checkpoint.start import CheckpointStart, Start, open_start
@@ -86,9 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.newest is not None:
         check_same_data(plan.newest, loaded.config, data.train)
     quiet_libraries()
-    from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
+    import torch
 
-    trainer, summary = build_trainer(loaded.config, process, start, data, plan=plan)
+    probe_capabilities()  # before Megatron, which expects an optional package to be whole
+    from comet_megatron.train.build import build_trainer  # loads torch and Megatron: after the checks
+    from comet_megatron.train.out_of_memory import explain_out_of_memory_of_building
+
+    try:
+        trainer, summary = build_trainer(loaded.config, process, start, data, plan=plan)
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory_of_building(error, loaded.config, start.description, process) from None
     if trainer.layout.is_main:
         save_config(loaded.config, Path(loaded.config.train.output) / "config.yaml")
     trainer.run(summary)

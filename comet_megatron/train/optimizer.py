@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,16 +20,19 @@ from comet_megatron.train.model import TrainableModel
 
 MEMORY_NETS = "*_memory_net.*"
 MEMORY_MARK = 2.0  # lr_mult of the memory nets' groups: Megatron only compares it
-_FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "weight_decay")
+_FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "weight_decay", "fused")
 
 
 def build_optimizer(
     model: TrainableModel, settings: OptimizerSection, *, precision: str, zero1: bool
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters; fp32 master weights under bf16; its state sharded over DP with `zero1`.
+    """AdamW over the trainable parameters; fp32 master weights but in fp32; its state sharded over DP with `zero1`.
 
     Megatron matches parameter groups after a load by their multipliers alone, so the memory nets' groups are marked by
     an lr_mult of their own, whatever their rate: a run may be resumed with another rate.
+
+    Megatron takes Transformer Engine's fused AdamW, else apex's, else torch's (backend.capabilities); torch's is fused
+    on a GPU.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -35,7 +43,7 @@ def build_optimizer(
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
-        bf16=precision == "bf16",
+        bf16=precision != "fp32",
         params_dtype=model.stages[0].config.params_dtype,
         use_distributed_optimizer=zero1,
     )
@@ -45,7 +53,11 @@ def build_optimizer(
         "min_lr": settings.min_lr * settings.memory_lr_mult,
         "lr_mult": MEMORY_MARK,
     }
-    return get_megatron_optimizer(config, list(model.parts.values()), overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, list(model.parts.values()), overrides, use_gloo_process_groups=False)
+    if USING_PYTORCH_OPTIMIZER and model.stages[0].device.type == "cuda":
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def build_schedule(

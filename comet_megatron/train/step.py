@@ -136,6 +136,8 @@ def _microbatches(executor: Executor, sequences: Sequence[Text]) -> list[Microba
 
 
 def _global_sum(value: int, layout: Layout) -> int:
+    if layout.dp == 1:
+        return value  # the host need not wait for the device before the first chunk
     total = torch.tensor(value, dtype=torch.int64, device=layout.device.torch_device)
     dist.all_reduce(total, group=layout.groups.dp)
     return int(total)

@@ -32,6 +32,7 @@ from comet_megatron.train.data import RunData
 from comet_megatron.train.model import TrainableModel
 from comet_megatron.train.nonfinite import NotFinite, UnusableStep
 from comet_megatron.train.optimizer import backbone_learning_rate
+from comet_megatron.train.out_of_memory import explain_out_of_memory
 from comet_megatron.train.profile import write_profile
 from comet_megatron.train.records import BadSamples, Callback, RunEnd, RunStart, SkipRecord, StepRecord
 from comet_megatron.train.saver import Saver
@@ -93,13 +94,16 @@ class Trainer:
         Every rank calls it.
 
         Raises:
-            TrainingError: a loss or gradient is not finite, or too many steps were skipped.
+            TrainingError: a loss or gradient is not finite, too many steps were skipped, or a GPU's memory is full.
             DataError: a shard is damaged.
             OutputError: a checkpoint cannot be written, and training must not go on without it.
         """
         folder = Path(self.config.train.output)
         with self.watch.watching() if self.watch else nullcontext(), self.stop_request.listening():
-            return self._run(folder, summary)
+            try:
+                return self._run(folder, summary)
+            except torch.OutOfMemoryError as error:
+                raise explain_out_of_memory(error, self) from None
 
     def _run(self, folder: Path, summary: Sequence[str]) -> Path:
         train = self.config.train

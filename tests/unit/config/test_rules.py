@@ -75,7 +75,7 @@ def test_the_defaults_with_the_required_values_have_no_problem():
     ("key", "bad", "must"),
     [
         ("model__path", " ", "the path of a folder; or give model.init_from=hf:DIR"),
-        ("model__precision", "fp16", "fp32 or bf16"),
+        ("model__precision", "fp16", "fp32 or bf16 or fp8"),
         ("parallel__tp", 0, "1 or more"),
         ("parallel__pp", 0, "1 or more"),
         ("parallel__slack", -1, "0 or more"),

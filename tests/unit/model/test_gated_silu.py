@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comet_megatron.model.gated_silu_cpu import gated_silu
+from comet_megatron.model.gated_silu import gated_silu
 
 
 def plain(gate_up):

@@ -14,9 +14,19 @@ from comet_megatron.model.build import build_stage
 from comet_megatron.model.chunk_tensors import build_chunk_tensors
 from comet_megatron.model.loss import head_loss, head_loss_backward
 from comet_megatron.model.memory import carry_memory
+from comet_megatron.parallel.executor import BackwardSettings
 from comet_megatron.parallel.schedule import Kind, Op
-from comet_megatron.planning.costs import embedding_flops, head_flops, layer_flops, plan_costs
+from comet_megatron.planning.costs import (
+    embedding_flops,
+    full_attention_flops,
+    head_flops,
+    layer_flops,
+    plan_costs,
+    prefill_flops,
+    training_flops,
+)
 from comet_megatron.testing.tiny import layout_alone, tiny_architecture, tiny_memory, tiny_sequences
+from comet_megatron.train.sequence import train_sequence
 
 MODEL = dataclasses.replace(tiny_architecture(num_layers=2), vocab_size=256)  # a vocabulary without padding
 MEMORY = tiny_memory(chunk_size=64, budget=24)
@@ -86,14 +96,47 @@ def test_the_head_costs_its_product_once_forward_and_three_times_with_backward(s
     assert both.get_total_flops() == 3 * head_flops(MODEL, chunk.num_labels)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_sequence_has_the_products_that_torch_counts(recompute, stage):
+    ids = tiny_sequences([TOKENS])[0]
+    labels = next_token_labels(ids)
+    plans = plan_chunks(TOKENS, MEMORY)
+    counts = [int((labels[p.text_start : p.text_end] >= 0).sum()) for p in plans]
+    settings = BackwardSettings(recompute=recompute)
+    with FlopCounterMode(display=False) as counter:
+        train_sequence(stage, ids[None], labels[None], scale=1.0, settings=settings)
+    ours = training_flops(MODEL, plans, counts)
+    uncounted = 3 * MODEL.num_layers * sum(attention_flops(p) for p in plans)
+    nets = 3 * MODEL.num_layers * sum(memory_net_flops(p) for p in plans)
+    again = sum(MODEL.num_layers * layer_flops(MODEL, p) for p in plans[:-1]) / ours if recompute else 0
+    # Memories that no loss reads have no backward, and the gradient of beacons' ids is of no product.
+    assert counter.get_total_flops() == pytest.approx(ours * (1 + again) - uncounted + nets, rel=0.02 + 0.1 * recompute)
+
+
+def test_full_attention_is_a_chunk_without_memory():
+    (plan,) = plan_chunks(100, tiny_memory(chunk_size=100, global_slots=0, stride=-1))
+    assert full_attention_flops(MODEL, 100).total == MODEL.num_layers * layer_flops(MODEL, plan)
+    assert prefill_flops(MODEL, [plan]) == full_attention_flops(MODEL, 100)
+
+
+def test_reading_a_million_tokens_takes_a_23rd_of_full_attentions_work_with_qwen3_4b():
+    memory = MemorySizes(2048, 8, 2048, 0, 1, tuple(range(2, 514)), 0)
+    plans = plan_chunks(2**20, memory, keep_last_memory=True)
+    ratio = full_attention_flops(FOUR_B, 2**20).total / prefill_flops(FOUR_B, plans).total
+    assert ratio == pytest.approx(23, abs=1)
+
+
 def qwen3(num_layers, hidden, ffn, heads):
     return Architecture("qwen3", num_layers, hidden, ffn, heads, 8, 128, 151936, 1e-6, 1e6, False)
+
+
+FOUR_B = qwen3(36, 2560, 9728, 32)
 
 
 @pytest.mark.parametrize(
     ("architecture", "layers"),
     [
-        (qwen3(36, 2560, 9728, 32), 2.05),
+        (FOUR_B, 2.05),
         (qwen3(36, 4096, 12288, 32), 1.94),
         (qwen3(64, 5120, 25600, 64), 1.01),
     ],
