@@ -29,6 +29,7 @@ from comet_megatron.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+AMPERE = (8, 0)
 BLACKWELL = (10, 0)
 
 
@@ -110,11 +111,14 @@ def check_machine(config: Config, execution: Execution, machine: Capabilities) -
 
     Raises:
         ConfigError: gradients are to be fused without Transformer Engine's layers, or Megatron-Core would take an
-            optimizer whose compiled part is missing.
+            optimizer whose compiled part is missing; or a GPU is too old for bf16.
     """
     if config.train.fuse_weight_gradients and execution.backend != "te":
         what = "train.fuse_weight_gradients=true is for Transformer Engine's layers, and model.backend became torch"
         raise ConfigError(what, way_out="use train.fuse_weight_gradients=false")
+    if config.model.precision != "fp32" and (old := [gpu for gpu in machine.gpus if gpu.capability < AMPERE]):
+        what = f"model.precision={config.model.precision}: {old[0].name} has no attention kernel for bf16"
+        raise ConfigError(what, way_out="use a GPU of compute capability 8.0 or newer, or model.precision=fp32")
     if machine.apex_would_fail:
         what = f"Megatron-Core would take apex's AdamW, which cannot be built: {machine.apex_optimizer.why_not}"
         raise ConfigError(what, way_out="pip uninstall apex, or build NVIDIA's with --cpp_ext --cuda_ext")

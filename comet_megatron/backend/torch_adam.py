@@ -12,7 +12,7 @@ import torch
 _already_done = False
 
 
-def _step_device(group: dict[str, Any], param: torch.Tensor) -> torch.device:
+def step_device(group: dict[str, Any], param: torch.Tensor) -> torch.device:
     """Where AdamW keeps the number of steps: beside the parameter if it is fused, else on the host."""
     return param.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
@@ -38,7 +38,7 @@ def mend_torch_adam() -> None:
             for param in group["params"]:
                 if not self.optimizer.state[param]:
                     self.optimizer.state[param] = {
-                        "step": torch.zeros((), device=_step_device(group, param)),
+                        "step": torch.zeros((), device=step_device(group, param)),
                         "exp_avg": torch.zeros_like(param, requires_grad=False),
                         "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
                     }
@@ -53,7 +53,7 @@ def mend_torch_adam() -> None:
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 values = self.optimizer.state[param]
-                values["step"] = values["step"].to(_step_device(group, param), copy=True)
+                values["step"] = values["step"].to(step_device(group, param), copy=True)
 
     @torch.no_grad()
     def set_states(self, model_param, tensors):

@@ -81,14 +81,21 @@ def read_checksums(folder: Path) -> dict[str, FileSum] | None:
     text = _read(folder / CHECKSUMS)
     if f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}" != complete:
         raise _damaged(folder, f"{CHECKSUMS} is not the file that `{COMPLETE}` holds the checksum of")
-    content = json.loads(text)
-    if content.get("format_version") != FORMAT_VERSION:
+    try:
+        content = json.loads(text)
+        version, files = content["format_version"], content["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"{CHECKSUMS} is not one of ours: {error!r}") from error
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"checksums of format version {content.get('format_version')}, but this program reads {FORMAT_VERSION}",
+            f"checksums of format version {version}, but this program reads {FORMAT_VERSION}",
             where=str(folder / CHECKSUMS),
             way_out="use the version of comet_megatron that wrote it",
         )
-    return {name: from_dict(FileSum, values) for name, values in content["files"].items()}
+    try:
+        return {name: from_dict(FileSum, values) for name, values in files.items()}
+    except (AttributeError, TypeError) as error:
+        raise _damaged(folder, f"{CHECKSUMS} is not one of ours: {error!r}") from error
 
 
 def check_quickly(folder: Path) -> None:

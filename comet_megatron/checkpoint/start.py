@@ -59,7 +59,8 @@ class CheckpointStart:
         from comet_megatron.checkpoint.sharded import load_weights
 
         if problem := find_damage(self.path, layout):
-            raise CheckpointError(problem.what, way_out="convert again, or copy the whole folder again")
+            way_out = problem.way_out or "convert again, or copy the whole folder again"
+            raise CheckpointError(problem.what, where=problem.where, way_out=way_out)
         load_weights(self.path, stage, layout)
 
 

@@ -16,7 +16,7 @@ from comet_megatron.data.report import PICTURE_NAME, REPORT_NAME
 from comet_megatron.data.sources import TRAIN, Source
 from comet_megatron.data.tokenizer import tokenizer_fingerprint
 from comet_megatron.data.workers import auto_workers
-from comet_megatron.errors import DataError
+from comet_megatron.errors import DataError, OutputError
 
 SUFFIX = ".data"  # of the folder beside the run's
 
@@ -71,6 +71,11 @@ def prepare_source(
         )
     except DataError as error:
         raise DataError(error.what, where=error.where, way_out=_advice_of(error, source)) from error
+    except OutputError as error:
+        way_out = f"go on with the unchanged texts, or delete {error.where} to have it made again"
+        raise OutputError(error.what, where=error.where, way_out=way_out) from error
+    if report.was_done and report.skipped:
+        say(f"{len(report.skipped):,} bad rows were left out when {source.place} was prepared: {folder / REPORT_NAME}")
     if not report.was_done:
         for line in _describe(report):
             say(line)

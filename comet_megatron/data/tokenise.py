@@ -81,6 +81,7 @@ class DocumentTokeniser:
         self.encoder = ChatEncoder(tokenizer, chat_template=chat_template or None)
         self.sequence_length, self.min_tokens, self.long = sequence_length, min_tokens, long
         self.vocab_size, self.reserved = len(tokenizer), dict(reserved)
+        self.lowest_reserved = min(reserved, default=self.vocab_size)
 
     def __call__(self, raw: RawDocument) -> Tokenised:
         """
@@ -124,7 +125,7 @@ class DocumentTokeniser:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", where=where)
-        if self.reserved and (found := np.isin(ids, list(self.reserved))).any():
+        if len(ids) and ids.max() >= self.lowest_reserved and (found := np.isin(ids, list(self.reserved))).any():
             name = self.reserved[int(ids[found][0])]
             what = f"the text spells {name}, a token that stands for the memory's slots and beacons"
             raise DataError(what, where=where, way_out="write it in another way")

@@ -31,6 +31,11 @@ def pad_rows(rows: Tensor, multiple: int) -> Tensor:
     return rows if not added else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, added))
 
 
+def cut_rows(rows: Tensor, count: int) -> Tensor:
+    """Without what pad_rows added. A slice of all rows is no slice: its backward would fill and copy a tensor."""
+    return rows if len(rows) == count else rows[:count]
+
+
 class PrefixCoreAttention(MegatronModule):
     """softmax(QK^T)V with a bottom-right causal mask, on torch's scaled_dot_product_attention or its CPU kernel.
 
@@ -106,7 +111,7 @@ class PrefixSelfAttention(SelfAttention):
         count = len(rows)
         query, key, value = self.get_query_key_value_tensors(pad_rows(rows, self.row_multiple))
         if not self.config.sequence_parallel:
-            query, key, value = query[:count], key[:count], value[:count]
+            query, key, value = (cut_rows(t, count) for t in (query, key, value))
         query = rotary.tail(len(query)).apply(query)
         if slots is not None:
             memory_key, memory_value = self.memory_key_value(slots)
@@ -114,4 +119,4 @@ class PrefixSelfAttention(SelfAttention):
         key = rotary.apply(key)
         attended = self.core_attention(query, key, value)
         out, bias = self.linear_proj(pad_rows(attended, self.row_multiple))
-        return out[:count], bias
+        return cut_rows(out, count), bias

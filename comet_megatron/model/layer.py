@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comet_megatron.backend.precision import Visit, fp8_layer
 from comet_megatron.config.schema import MemorySizes
-from comet_megatron.model.attention import pad_rows
+from comet_megatron.model.attention import cut_rows, pad_rows
 from comet_megatron.model.chunk_tensors import ChunkTensors, SequenceShards, take_rows
 from comet_megatron.model.gated_silu import gated_silu
 from comet_megatron.model.memory import LayerMemory, WrittenMemory, build_memory_nets
@@ -64,7 +64,7 @@ class CometLayer(TransformerLayer):
         normed = pad_rows(self.pre_mlp_layernorm(hidden), self.self_attention.row_multiple)
         gate_up, _ = self.mlp.linear_fc1(normed)
         out, bias = self.mlp.linear_fc2(gated_silu(gate_up))
-        return self._forward_post_mlp((out[: len(hidden)], bias), hidden)
+        return self._forward_post_mlp((cut_rows(out, len(hidden)), bias), hidden)
 
     def read_memory(self, memory: LayerMemory, dtype: torch.dtype) -> Tensor | None:
         """Normalised slots [m, b, h]: the adapted global state, then the last `budget` temporary slots."""

@@ -43,11 +43,15 @@ class HandOver:
 
     def tell(self, value: Any) -> None:
         """The first process: all is prepared; `value` is what JSON can say, and not None."""
-        self._store.set(self._key, json.dumps(value))
+        try:
+            self._store.set(self._key, json.dumps(value))
+        except RuntimeError as error:
+            raise PeerError("torchrun's store is gone", way_out="the other machines' messages say why") from error
 
     def give_up(self) -> None:
         """The first process: it will not go on, and has said why."""
-        self._store.set(self._key, json.dumps(None))
+        with suppress(RuntimeError):  # the store is gone: its own error would hide the one that is on its way
+            self._store.set(self._key, json.dumps(None))
 
     def wait(self, say: Callable[[str], None], *, what_for: str) -> Any:
         """The other processes: what the first one told; None if it gave up.

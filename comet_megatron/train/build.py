@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from comet_megatron.backend.capabilities import probe_capabilities
 from comet_megatron.backend.device import Device, keep_large_tensors_apart, select_device, set_cpu_threads
-from comet_megatron.backend.environment import describe_environment, set_environment
+from comet_megatron.backend.environment import describe_environment
 from comet_megatron.backend.precision import check_machine, plan_execution
 from comet_megatron.checkpoint.model_folder import TOKENIZER, Progress, read_progress
 from comet_megatron.checkpoint.sharded import load_training_state
@@ -57,7 +57,6 @@ def build_trainer(
     """
     run = Path(config.train.output)
     description = start.description
-    set_environment()  # before the first CUDA call
     machine = probe_capabilities()
     device = select_device(process.local_rank, wanted=config.train.device)
     execution = plan_execution(config.model, machine)

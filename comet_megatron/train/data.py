@@ -109,11 +109,15 @@ def _prepare_together(
     if not texts:
         return {}, 0
     tokenizer, settings = load_tokenizer(start.tokenizer), settings_of(config.data)
-    reserved = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in start.description.memory.memory_ids}
+    memory = start.description.memory
+    # Where text ids lie among the memory's, a model's text may have these too.
+    ids = memory.memory_ids if set(memory.new_ids) == set(memory.memory_ids) else ()
+    reserved = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
     folders = {s: prepared_folder(s, run=config.train.output, tokenizer=tokenizer, settings=settings) for s in texts}
     if hand_over is not None and process.rank > 0:
         try:
-            if hand_over.wait(lambda text: None, what_for="process 0, which prepares data") is None:
+            say = _say if process.local_rank == 0 else (lambda text: None)
+            if hand_over.wait(say, what_for="process 0, which prepares data") is None:
                 raise DataError("process 0 could not prepare the data", way_out="its message says why")
         finally:
             hand_over.take_back(readers=process.world_size)

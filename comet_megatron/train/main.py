@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comet_megatron.backend.capabilities import probe_capabilities
+from comet_megatron.backend.environment import set_environment
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.checkpoint.model_folder import read_description, read_progress
 from comet_megatron.checkpoint.start import CheckpointStart, Start, open_start
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.newest is not None:
         check_same_data(plan.newest, loaded.config, data.train)
     quiet_libraries()
+    set_environment()  # before the first CUDA call
     import torch
 
     probe_capabilities()  # before Megatron, which expects an optional package to be whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from megatron.core.optimizer import (
     USING_PYTORCH_OPTIMIZER,
     OptimizerConfig,
@@ -15,6 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from comet_megatron.backend.torch_adam import step_device
 from comet_megatron.config.schema import OptimizerSection
 from comet_megatron.train.model import TrainableModel
 
@@ -96,6 +98,17 @@ def keep_settings(optimizer: MegatronOptimizer) -> Iterator[None]:
     yield
     for group in optimizer.param_groups:
         group.update(kept[_group_key(group)])
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _place_steps(part.optimizer)
+
+
+def _place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Put torch's count of steps where its AdamW wants it now: what was saved may not have been fused."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state.get(param, {})
+            if torch.is_tensor(step := state.get("step")):
+                state["step"] = step.to(step_device(group, param))
 
 
 def _group_key(group: dict) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, trainer: Trainer) -> Ou
             dtype_bytes=BYTES[precision],
             sequence_shards=stage.shards.size,
         )
-        for plan in plan_chunks(trainer.train_data.longest, stage.memory_sizes)
+        for plan in plan_chunks(trainer.data.train.longest, stage.memory_sizes)
     )
     has = peak = 0
     if layout.device.kind == "cuda":
@@ -113,8 +113,10 @@ def first_knob(config: Config, *, state: StateBytes, has: int, dp: int) -> str:
     if 0 < 0.7 * has < state.total:
         if dp > 1 and not parallel.zero1:
             return "set parallel.zero1=true: data-parallel ranks share the optimizer's state"
-        more = f"parallel.pp={2 * parallel.pp}"
-        return f"weights, gradients and optimizer fill the GPU: set {more} (on more GPUs), or train.trainable=memory"
+        more = f"set parallel.pp={2 * parallel.pp} (on more GPUs, a layer each at least)"
+        if train.trainable != "memory":
+            more += ", or start anew with train.trainable=memory"
+        return f"weights, gradients and optimizer fill the GPU: {more}"
     if train.recompute == "none":
         return "set train.recompute=full: a chunk's activations are computed again in its backward"
     if train.loss_slice_tokens > 256:

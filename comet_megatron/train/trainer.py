@@ -245,9 +245,7 @@ class Trainer:
                 try, or no document is left.
         """
         bad = {at: error for read in batch for at, error in read.errors.items()}
-        failed = torch.tensor(len(bad), device=self.layout.device.torch_device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if int(failed):
+        if self._any_rank(bool(bad)):
             own = (bad, {read.position: len(read.documents) for read in batch})
             found: list[tuple[dict[tuple[int, int], DataError], dict[int, int]]] = [own] * self.layout.world_size
             dist.all_gather_object(found, own)
@@ -257,6 +255,14 @@ class Trainer:
         numbered = [((read.position, n), d) for read in batch for n, d in enumerate(read.documents)]
         usable = [d for at, d in numbered if at not in bad and isinstance(d, TrainingSequence)]
         return usable, [bad[at] for at in sorted(bad)]
+
+    def _any_rank(self, value: bool) -> bool:
+        """Whether it is so on one of the ranks. Communicates on the world, if there is one."""
+        if self.layout.world_size == 1:
+            return value
+        found = torch.tensor(int(value), device=self.layout.device.torch_device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
     def _check_may_skip(self, errors: Sequence[DataError], where: str, *, num_documents: int) -> None:
         """Raises: see _usable."""

@@ -156,7 +156,8 @@ def test_after_a_bad_row_the_advice_can_be_followed_and_finished_shards_are_kept
     assert (tmp_path / ".out.partial").exists()
     assert prepare(found(bad), tmp_path / "out", tokenizer, settings=skip) == 1
     said: list[str] = []
-    assert prepare(found(bad), tmp_path / "out", tokenizer, said.append, settings=stop) == 1 and not said
+    assert prepare(found(bad), tmp_path / "out", tokenizer, said.append, settings=stop) == 1
+    assert len(said) == 1 and "1 bad rows were left out when" in said[0]
 
 
 def test_what_is_split_cut_or_left_out_is_said(tmp_path: Path, tokenizer) -> None:
