@@ -1,7 +1,8 @@
 # The GPU image: NVIDIA's PyTorch, Transformer Engine and apex as they come, fitting each other, and this project.
 #
 #   docker build -t comet-megatron .
-#   docker run --gpus all --shm-size 16g --ulimit memlock=-1 -v "$PWD:/workspace" comet-megatron \
+#   docker run --gpus all --shm-size 16g --ulimit memlock=-1 --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD:/workspace" \
+#     -e MODEL=models/Qwen3-4B -e DATA=data/texts -e OUTPUT=runs/comet_128k comet-megatron \
 #     bash /opt/comet-megatron/examples/finetune_comet_128k.sh
 #
 # What is built is checked while it is built: no install may change torch, Transformer Engine or apex, and nothing may be

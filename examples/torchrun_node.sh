@@ -30,11 +30,14 @@ ask_to_stop() {
   fi
   asked=yes
   echo "asked to stop: the run writes a checkpoint and ends" >&2
-  while kill -0 "$agent" 2> /dev/null; do
-    # shellcheck disable=SC2046  # one word for each process
-    kill -USR1 $(processes) 2> /dev/null
-    sleep "$resend_s"
-  done &
+  (
+    trap '' USR1 TERM  # some schedulers signal every process of a step
+    while kill -0 "$agent" 2> /dev/null; do
+      # shellcheck disable=SC2046  # one word for each process
+      kill -USR1 $(processes) 2> /dev/null
+      sleep "$resend_s"
+    done
+  ) &
 }
 
 trap '' USR1  # whatever is started from here ignores it, torchrun too, until training listens
@@ -46,7 +49,10 @@ while kill -0 "$agent" 2> /dev/null; do
 done
 wait "$agent"
 code=$?
-if [ "$code" -eq 0 ] && [ -n "${RUN:-}" ] && ! "$python" -m comet_megatron.launch.is_over "$RUN" >&2; then
-  code=143
+if [ "$code" -eq 0 ] && [ -n "${RUN:-}" ]; then
+  "$python" -m comet_megatron.launch.is_over "$RUN" >&2
+  if [ $? -eq 1 ]; then  # steps are left; where it cannot be told, nothing is started again for ever
+    code=143
+  fi
 fi
 exit "$code"

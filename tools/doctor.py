@@ -13,6 +13,7 @@ all is missing; 2 a mistake on the command line. Nothing is changed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(lines, strict=given.strict)
     quiet_libraries()
     process = ProcessRank.from_environment()
-    if process.world_size == 1:
+    if process.world_size == 1 or "MASTER_ADDR" not in os.environ:  # a scheduler may set ranks and start one program
         lines, table = examine_alone(with_machine=not given.no_gpu), []
     else:
         lines, table = examine_together(process, with_machine=not given.no_gpu, seconds=given.seconds)

@@ -49,6 +49,8 @@ from comet_megatron.planning.told import aligned, counted, listed, scaled, size,
 
 NOT_GIVEN = "(not given)"
 # A plan does without these: what stands in for them where the file gives no value.
+MOST_TOKENS = 100_000_000
+MOST = {"gpus": 1_000_000, "best": 1000, "sequences": 10_000_000, "memory_gib": 1_000_000}  # what is no slip of the pen
 STAND_INS = {"train.output": NOT_GIVEN, "train.steps": "1000000", "data.train": NOT_GIVEN, "data.eval": NOT_GIVEN}
 UNIT_OF_TIME = "one layer's forward of a full chunk"
 GIVE_TOKENS = "state the lengths of a step's sequences: --tokens 131072 131072"
@@ -142,6 +144,8 @@ def read_lengths(words: Sequence[str]) -> list[int]:
         raise ConfigError(f"--tokens {' '.join(words)}: a length is a whole number", way_out=GIVE_TOKENS) from None
     if lengths:
         check_sequences(lengths)
+        if max(lengths) > MOST_TOKENS:
+            raise ConfigError(f"--tokens {max(lengths)} is more than the {MOST_TOKENS:,} that are planned")
     return lengths
 
 
@@ -156,8 +160,8 @@ def advise_on(given: argparse.Namespace, lengths: Sequence[int]) -> list[str]:
         raise ConfigError(what, way_out="state one: --tokens 131072")
     for name in ("gpus", "best", "sequences", "memory_gib"):
         value = getattr(given, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be above 0")
+        if value is not None and not 0 < value <= MOST[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be above 0 and at most {MOST[name]:,}")
     config, (architecture, memory), model = read_model(given)
     gpu = find_gpu(given.gpu)
     if config.model.precision == "fp8" and not gpu.fp8_flops:

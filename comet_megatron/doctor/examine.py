@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from comet_megatron.doctor.checks import MEGATRON, TE, TORCH, check_machine, check_software
 from comet_megatron.doctor.facts import Machine, Software
 from comet_megatron.doctor.gather import gather_machine, gather_software
@@ -40,10 +42,14 @@ def examine_together(process: ProcessRank, *, with_machine: bool, seconds: float
     if wants_gpu:
         torch.cuda.set_device(device)
     watch = Watch(OPERATION_LIMIT_S, end_process)
-    with joined(device):
-        own: list[Line] | None = None
-        if process.local_rank == 0:
-            own = [*check_software(software), *(check_machine(machine, software) if with_machine else [])]
+    own: list[Line] | None = None
+    if process.local_rank == 0:
+        own = [*check_software(software), *(check_machine(machine, software) if with_machine else [])]
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(joined(device))
+        except (RuntimeError, ValueError) as error:  # what is wrong with this machine may be the cause
+            return [*(own or []), _no_group(error)], []
         with watch.limited("the lines of all machines"):
             told: list[tuple[int, str, list[Line] | None]] = [(0, "", None)] * process.world_size
             dist.all_gather_object(told, (process.rank, machine.host, own))
@@ -64,6 +70,11 @@ def examine_together(process: ProcessRank, *, with_machine: bool, seconds: float
             watch=watch,
         )
     return [*merge_hosts(by_host), *check_group(group)], link_table(group)
+
+
+def _no_group(error: Exception) -> Line:
+    what = f"the processes do not find each other: {str(error).strip().splitlines()[0]}"
+    return Line(WRONG, "process group", what, mend="start all of them, and let port MASTER_PORT of MASTER_ADDR through")
 
 
 def _refuse(process: ProcessRank, machine: Machine, software: Software) -> list[Line]:

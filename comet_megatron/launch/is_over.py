@@ -1,6 +1,6 @@
 """Whether a run has done all its steps: `python -m comet_megatron.launch.is_over RUN`, for jobs that are queued again.
 
-Exit code: 0 all steps are done and in a checkpoint; 1 not yet, or nothing is there; 2 what is there cannot be read.
+Exit code: 0 all steps are done and in a checkpoint; 1 not yet; 2 there is no run, or it cannot be read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError("is_over takes the folder of one run", way_out="name OUTPUT/train")
     run = Path(words[0])
     done, steps = steps_done(run), steps_asked(run)
-    print(f"{run}: {done} of {steps or 'unknown'} steps are done")
-    return DONE if steps and done >= steps else NOT_DONE
+    print(f"{run}: {done} of {steps} steps are done")
+    return DONE if done >= steps else NOT_DONE
 
 
 def steps_done(run: Path) -> int:
@@ -37,14 +37,14 @@ def steps_done(run: Path) -> int:
 
 
 def steps_asked(run: Path) -> int:
-    """Of the configuration that the run was last started with; 0 if it was not started yet.
+    """Of the configuration that the run was last started with.
 
     Raises:
-        CheckpointError: its configuration cannot be read.
+        CheckpointError: there is none, or it cannot be read.
     """
     path = run / "config.yaml"
     if not path.exists():
-        return 0
+        raise CheckpointError(f"{run} holds no run: there is no config.yaml", way_out="name OUTPUT/train")
     try:
         return int(yaml.safe_load(path.read_text())["train"]["steps"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:

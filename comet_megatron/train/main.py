@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = ProcessRank.from_environment()
     start, plan = check_before_start(loaded, process, resume=given.resume, fresh=given.fresh)
     if plan.newest is not None and given.resume == AUTO and _is_over(plan.newest, loaded.config, process):
+        if process.rank == 0:  # fewer steps than before may be asked for, and then these are all
+            save_config(loaded.config, Path(loaded.config.train.output) / "config.yaml")
         return 0
     sources = find_data(loaded.config)
     # Kept to the end: without torchrun's store the first process holds it, for the process group too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -404,3 +405,59 @@ def test_evaluation_and_metrics_are_written(tmp_path, pool):
     assert [e.step for e in events.Scalars("eval/loss")] == [0, 2, 4]
     gates = [e.value for e in events.Scalars("memory_gate_mean/layer_01")]
     assert all(0 < g < 1 for g in gates)
+
+
+def command_with_a_full_memory(process, *arguments: str):
+    """The command; the second step of every rank finds the device full."""
+    from comet_megatron.train import trainer
+
+    def full(*given, **named):
+        if named["step"] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train_step(*given, **named)
+
+    with mock.patch.object(trainer, "train_step", full):
+        return run_command(process, *arguments)
+
+
+def test_a_full_memory_is_explained_with_the_plan_and_the_first_knob(tmp_path, pool):
+    make_start(tmp_path, pool)
+    config = write_config(tmp_path / "c.yaml", tmp_path, train={"steps": 3})
+    results = pool(2).run(command_with_a_full_memory, "--config", str(config))
+    assert {code for code, _, _ in results} == {2}
+    for _, out, err in results:
+        assert "out of memory: the GPU's memory is full" in err and "planned, in GiB: weights" in err
+        assert "set train.recompute=full" in err and "Traceback" not in out + err
+
+
+def test_steps_of_adam_lie_where_its_kernel_wants_them_after_a_load(pool):
+    pool(1).run(check_steps_after_a_load)
+
+
+def check_steps_after_a_load(process) -> None:
+    """A state that was saved unfused comes to an optimizer whose groups are fused, and the other way round."""
+    from comet_megatron.train import optimizer as module
+
+    layout = layout_of(process)
+    stage = build_stage(tiny_architecture(num_layers=1), tiny_memory(), layout.groups)
+    optimizer = build_optimizer(
+        build_trainable(stage, layout, zero1=True), OptimizerSection(), precision="fp32", zero1=True
+    )
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+    asked = []
+
+    def step_device(group, param):
+        asked.append(bool(group.get("fused")))
+        return torch.device("meta") if group.get("fused") else torch.device("cpu")
+
+    for fused in (True, False):
+        for group in inner.param_groups:
+            group["fused"] = fused
+            for param in group["params"]:
+                inner.state[param]["step"] = torch.zeros(())
+        with mock.patch.object(module, "step_device", step_device), module.keep_settings(optimizer):
+            for group in inner.param_groups:  # as a load leaves it
+                group["fused"] = None
+        steps = [inner.state[param]["step"] for group in inner.param_groups for param in group["params"]]
+        assert steps and {step.device.type for step in steps} == {"meta" if fused else "cpu"}
+    assert set(asked) == {True, False}
