@@ -27,9 +27,11 @@ import numpy as np
 from figures import Report
 
 from comet_megatron.backend.capabilities import Capabilities, probe_capabilities
+from comet_megatron.backend.environment import set_environment
 from comet_megatron.backend.quiet import quiet_libraries
 from comet_megatron.config.schema import Architecture, MemorySizes, ModelSection
 from comet_megatron.errors import ConfigError
+from comet_megatron.testing.resident import peak_resident_bytes
 
 QWEN3_06B = Architecture("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 1e-6, 1e6, True, max_positions=40960)
 QWEN3_4B = Architecture("qwen3", 36, 2560, 9728, 32, 8, 128, 151936, 1e-6, 1e6, True, max_positions=40960)
@@ -131,8 +133,6 @@ class Bench:
             seconds.append(time.perf_counter() - started)
         if self.machine.gpus:
             return min(seconds), torch.cuda.max_memory_allocated()
-        from figures import peak_resident_bytes
-
         return min(seconds), peak_resident_bytes()
 
 
@@ -313,8 +313,6 @@ def time_once(bench: Bench, run: Callable[[], object]) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     if bench.machine.gpus:
         return seconds, torch.cuda.max_memory_allocated()
-    from figures import peak_resident_bytes
-
     return seconds, peak_resident_bytes()
 
 
@@ -397,6 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no GPU: {machine.cuda.why_not}; --cpu-rehearsal shows that the code runs", file=sys.stderr)
         return 2
     quiet_libraries()
+    set_environment()  # before the first CUDA call
     bench = Bench(machine, rehearsal=given.cpu_rehearsal, json_path=given.json, repetitions=given.repetitions)
     print("REHEARSAL on the CPU: no figure" if given.cpu_rehearsal else f"{bench.device_name}; {versions(machine)}")
     if given.only != "prefill":

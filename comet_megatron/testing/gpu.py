@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from comet_megatron.backend.capabilities import probe_capabilities
+from comet_megatron.backend.environment import set_environment
 
+set_environment()  # before the first CUDA call
 MACHINE = probe_capabilities()  # before Megatron is imported, which expects an optional package to be whole
 
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402

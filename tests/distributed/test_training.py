@@ -407,29 +407,6 @@ def test_evaluation_and_metrics_are_written(tmp_path, pool):
     assert all(0 < g < 1 for g in gates)
 
 
-def command_with_a_full_memory(process, *arguments: str):
-    """The command; the second step of every rank finds the device full."""
-    from comet_megatron.train import trainer
-
-    def full(*given, **named):
-        if named["step"] == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return train_step(*given, **named)
-
-    with mock.patch.object(trainer, "train_step", full):
-        return run_command(process, *arguments)
-
-
-def test_a_full_memory_is_explained_with_the_plan_and_the_first_knob(tmp_path, pool):
-    make_start(tmp_path, pool)
-    config = write_config(tmp_path / "c.yaml", tmp_path, train={"steps": 3})
-    results = pool(2).run(command_with_a_full_memory, "--config", str(config))
-    assert {code for code, _, _ in results} == {2}
-    for _, out, err in results:
-        assert "out of memory: the GPU's memory is full" in err and "planned, in GiB: weights" in err
-        assert "set train.recompute=full" in err and "Traceback" not in out + err
-
-
 def test_steps_of_adam_lie_where_its_kernel_wants_them_after_a_load(pool):
     pool(1).run(check_steps_after_a_load)
 
