@@ -6,12 +6,11 @@ python benchmarks/data.py --report    only print
 
 The text is this Python's standard library as JSONL, several times over; texts, and chats through a template. The bare
 tokenizer is the same number of processes that call it, `tokenizer(text)["input_ids"]`, on texts that lie in their
-memory, and do nothing else: no reading, parsing, checking, writing. Beside it stands, for comparison, the quickest call
-there is, encode_batch_fast of the package tokenizers, which tells no offsets: prepare_data uses it for texts; chats
-need the offsets. Both are timed from when the processes have begun, which takes seconds and is
-printed apart. Runs alternate; figures are medians of the ratios of neighbouring runs. The reader reads every sample in
-random order, checksums included, from the page cache.
-"""
+memory, and do nothing else: no reading, parsing, checking, writing. Beside it stands, for comparison, the quickest
+call there is, encode_batch_fast of the package tokenizers, which tells no offsets and which prepare_data uses too.
+Both are timed from when the processes have begun, which takes seconds and is printed apart. Runs alternate; figures
+are medians of the ratios of neighbouring runs. The reader reads every sample in random order, checksums included,
+from the page cache. """
 
 from __future__ import annotations
 

@@ -390,12 +390,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         print("\n".join(case.name for case in cases))
         return 0
+    quiet_libraries()
+    set_environment()  # before the first CUDA call
     machine = probe_capabilities()
     if not machine.cuda.is_there and not given.cpu_rehearsal:
         print(f"no GPU: {machine.cuda.why_not}; --cpu-rehearsal shows that the code runs", file=sys.stderr)
         return 2
-    quiet_libraries()
-    set_environment()  # before the first CUDA call
     bench = Bench(machine, rehearsal=given.cpu_rehearsal, json_path=given.json, repetitions=given.repetitions)
     print("REHEARSAL on the CPU: no figure" if given.cpu_rehearsal else f"{bench.device_name}; {versions(machine)}")
     if given.only != "prefill":

@@ -3,7 +3,8 @@
 The package tokenizers can tell it too, but a call that does takes a quarter longer than one that does not. Most
 vocabularies are of one of two kinds, byte-level or SentencePiece with a byte fallback, in which the bytes of the
 tokens, one after the other, are the text. Whether they are is checked each time, so a normaliser, a space put in front
-or a vocabulary of another kind leads to no wrong answer but to none.
+or a vocabulary of another kind leads to no wrong answer but to none. (A normaliser that takes a space off the front and
+puts one there again is not seen: the first token may then count as holding that space.)
 """
 
 from __future__ import annotations

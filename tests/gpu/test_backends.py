@@ -1,4 +1,4 @@
-"""A checkpoint of one backend loads in the other, weights and optimizer, and training goes on."""
+"""A checkpoint of one backend loads in the other, weights and state of the same AdamW, and training goes on."""
 
 from __future__ import annotations
 
