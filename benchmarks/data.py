@@ -10,7 +10,8 @@ memory, and do nothing else: no reading, parsing, checking, writing. Beside it s
 call there is, encode_batch_fast of the package tokenizers, which tells no offsets and which prepare_data uses too.
 Both are timed from when the processes have begun, which takes seconds and is printed apart. Runs alternate; figures
 are medians of the ratios of neighbouring runs. The reader reads every sample in random order, checksums included,
-from the page cache. """
+from the page cache.
+"""
 
 from __future__ import annotations
 

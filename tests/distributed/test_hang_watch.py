@@ -89,7 +89,8 @@ LOST = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "first" in name else ()) for name in LOST]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "first" in name or name == "stopped" else ()) for name in LOST],
 )
 def test_all_others_exit_and_name_the_stage_that_is_lost(name, config, tmp_path):
     lose, lost = LOST[name]

@@ -270,7 +270,7 @@ def test_a_resumed_run_takes_its_rates_from_the_config(tmp_path, pool):
         assert not torch.equal(after[name], value), name
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tie_embeddings", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_a_start_and_a_run_of_one_process_go_on_at_a_tp_that_pads_the_vocabulary_otherwise(
     tie_embeddings, tmp_path, pool
 ):

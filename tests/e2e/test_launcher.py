@@ -154,6 +154,7 @@ def test_the_papers_recipe_is_the_default(monkeypatch, capsys):
 # --- ways to start ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bash_starts_two_processes_and_torchrun_without_python_goes_on_with_one_in_the_same_folders(here):
     given = {"CONFIG": "small.yaml", "DATA": "text.txt", "OUTPUT": "out"}
     result = run(["bash", SCRIPT, "train.seed=7"], here, **given)

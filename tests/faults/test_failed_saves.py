@@ -71,7 +71,7 @@ def assert_whole(run: Path, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("saving", ["async", "sync"])
+@pytest.mark.parametrize("saving", ["async", pytest.param("sync", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_does_not_stop_training_until_its_last_checkpoint(rank, saving, config, tmp_path, pool):
     run = tmp_path / "run"
     assert {code for code, _, _ in pool(2).run(run_command, "--config", str(config), "train.steps=2")} == {0}

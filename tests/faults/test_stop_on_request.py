@@ -25,8 +25,15 @@ def config(start, tmp_path) -> Path:
     return write_config(tmp_path / "c.yaml", start, train=train, optimizer={"decay_steps": 7})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("step", [2, 4])  # 4: the checkpoint of step 3 may still be on its way
+@pytest.mark.parametrize(
+    ("step", "number"),  # 4: the checkpoint of step 3 may still be on its way
+    [
+        (2, signal.SIGTERM),
+        (4, signal.SIGUSR1),
+        pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_the_run_goes_on_bit_equal(
     step, number, config, tmp_path, pool
 ):
