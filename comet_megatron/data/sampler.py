@@ -7,46 +7,48 @@ data-parallel ranks.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
 from comet_megatron.errors import ConfigError
 
 
-def sample_index(position: int, *, num_samples: int, seed: int) -> tuple[int, int]:
-    """(epoch, number of the sample) at a position; each epoch is a permutation of all samples.
-
-    Raises:
-        ConfigError: no samples, or a negative seed or position.
-    """
-    if num_samples < 1 or seed < 0 or position < 0:
-        what = f"num_samples={num_samples}, seed={seed}, position={position}"
-        raise ConfigError(f"the order of samples is not defined for {what}", way_out="use a seed of 0 or more")
-    epoch, place = divmod(position, num_samples)
-    return epoch, int(_recent(num_samples, seed, epoch)[place])
-
-
 class Order:
-    """The order of one data set, as sample_index has it; the permutations of two epochs are kept.
+    """The order of one data set; the permutations of two epochs are kept.
 
     Raises:
         ConfigError: no samples, or a negative seed.
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
-        sample_index(0, num_samples=num_samples, seed=seed)  # refuses what has no order
+        if num_samples < 1 or seed < 0:
+            what = f"num_samples={num_samples}, seed={seed}"
+            raise ConfigError(f"the order of samples is not defined for {what}", way_out="use a seed of 0 or more")
         self.num_samples, self.seed = num_samples, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def at(self, position: int) -> tuple[int, int]:
-        """(epoch, number of the sample) at a position."""
+        """(epoch, number of the sample) at a position; each epoch is a permutation of all samples.
+
+        Raises:
+            ConfigError: a negative position.
+        """
+        if position < 0:
+            raise ConfigError(f"the order of samples is not defined for position={position}")
         epoch, place = divmod(position, self.num_samples)
         if epoch not in self._epochs:
             if len(self._epochs) > 1:  # a batch touches two epochs
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = _permutation(self.num_samples, self.seed, epoch)
         return epoch, int(self._epochs[epoch][place])
+
+
+def sample_index(position: int, *, num_samples: int, seed: int) -> tuple[int, int]:
+    """What Order has at one position. For many positions of one data set keep the Order.
+
+    Raises:
+        ConfigError: as Order.
+    """
+    return Order(num_samples, seed=seed).at(position)
 
 
 def plan_positions(step: int, *, global_batch_size: int, dp_rank: int, dp_size: int) -> range:
@@ -79,6 +81,3 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order
-
-
-_recent = functools.lru_cache(maxsize=2)(_permutation)

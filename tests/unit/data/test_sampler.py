@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_megatron.data.sampler import Order, _permutation, _recent, plan_positions, sample_index
+from comet_megatron.data import sampler
+from comet_megatron.data.sampler import Order, _permutation, plan_positions, sample_index
 from comet_megatron.errors import ConfigError
 
 SEEDS = st.integers(0, 2**63)
@@ -83,13 +84,15 @@ def test_each_sample_is_about_equally_often_first() -> None:
     assert min(counts) > 150 and max(counts) < 250  # 200 expected, standard deviation 13
 
 
-def test_the_order_is_not_made_anew_for_every_sample() -> None:
-    _recent.cache_clear()
-    for step in range(20):
-        plan_batch(step, global_batch_size=16, dp_rank=0, dp_size=1, num_samples=100, seed=0)
-    assert _recent.cache_info().misses == 4  # epochs 0 to 3
+def test_the_order_is_not_made_anew_for_every_sample(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(sampler, "_permutation", lambda *given: made.append(given) or _permutation(*given))
+    order = Order(100, seed=0)
+    for position in range(320):
+        order.at(position)
+    assert [epoch for _, _, epoch in made] == [0, 1, 2, 3]
     with pytest.raises(ValueError):
-        _permutation(100, 0, 0)[0] = 1  # nobody can spoil what is cached
+        _permutation(100, 0, 0)[0] = 1  # nobody can spoil what is kept
 
 
 def test_the_sampler_needs_no_torch() -> None:
@@ -117,7 +120,7 @@ def test_values_out_of_range_are_refused(changed: dict[str, int], complaint: str
 
 
 @given(num_samples=SIZES, seed=SEEDS, positions=st.lists(st.integers(0, 1000), max_size=30))
-def test_an_order_that_keeps_its_epochs_is_the_same_order(num_samples, seed, positions) -> None:
+def test_what_an_order_says_does_not_depend_on_what_it_was_asked_before(num_samples, seed, positions) -> None:
     order = Order(num_samples, seed=seed)
     for position in positions:
         assert order.at(position) == sample_index(position, num_samples=num_samples, seed=seed)
