@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from comet_megatron.checkpoint.start import Start
 from comet_megatron.config.schema import Config
@@ -75,29 +76,29 @@ def open_data(
         ConfigError: data.chunks names no way of cutting.
         PeerError: the process that prepares is gone.
     """
-    cuts = plan_cuts(config, start)
+    cuts, own = plan_cuts(config, start), cache(lambda: tokenizer_fingerprint(load_tokenizer(start.tokenizer)))
     folders, bad_rows = _prepare_together(sources.all, config, start, process, hand_over)
     workers = config.data.workers
     if workers == "auto":
         workers = int(any(source.is_remote for source in sources.train))
     return RunData(
         TrainingData(
-            [_open(source, folders, start) for source in sources.train],
+            [_open(source, folders, start, own) for source in sources.train],
             weights=[source.weight for source in sources.train],
             seed=config.data.seed,
             cuts=cuts,
             pack_tokens=config.data.pack_tokens,
         ),
-        _open(sources.held_out, folders, start) if sources.held_out else None,
+        _open(sources.held_out, folders, start, own) if sources.held_out else None,
         int(workers),
         bad_rows,
     )
 
 
-def _open(source: Source, folders: dict[Source, str], start: Start) -> Samples:
+def _open(source: Source, folders: dict[Source, str], start: Start, own: Callable[[], str]) -> Samples:
     found = [ShardDataset(folder) for folder in (source.shards or (folders[source],))]
     for dataset in found:
-        check_fits(dataset, source.key, start)
+        check_fits(dataset, source.key, start, own)
     return joined(found, place=source.place)
 
 
@@ -158,8 +159,11 @@ def plan_cuts(config: Config, start: Start) -> CutPlan:
     return CutPlan(ways, memory.chunk_size, memory.stride, config.data.seed, config.data.max_stride, ends)
 
 
-def check_fits(data: ShardDataset, key: str, start: Start) -> None:
+def check_fits(data: ShardDataset, key: str, start: Start, own: Callable[[], str]) -> None:
     """
+    Args:
+        own: the fingerprint of the start's tokenizer, made only when it is asked for.
+
     Raises:
         DataError: no samples, or ids that another tokenizer than the model's made.
     """
@@ -168,7 +172,7 @@ def check_fits(data: ShardDataset, key: str, start: Start) -> None:
         raise DataError(f"{key}={data.place} holds no samples", way_out=again)
     made_with, description = data.manifest.tokenizer_fingerprint, start.description
     # The checkpoint's own tokenizer has CoMeT's tokens too; it makes the same text ids.
-    if made_with != description.text_tokenizer and made_with != tokenizer_fingerprint(load_tokenizer(start.tokenizer)):
+    if made_with != description.text_tokenizer and made_with != own():
         raise DataError(
             f"{key}={data.place} was made with another tokenizer of {data.manifest.vocab_size} ids, "
             f"the model's text has {description.memory.first_new_id}",
